@@ -1,0 +1,232 @@
+"""How often a policy answers right: greedily and when it samples, with its tags and without them.
+
+Format is easily mistaken for reasoning: a policy that learns to close its tags gains strict accuracy without solving
+one more problem. So two figures stand side by side. *Strict* accuracy asks for the right answer inside a closed answer
+tag, *flexible* accuracy takes the last number of the text. And greedy accuracy overstates what was learned, because it
+jumps when the most frequent way of solving a problem changes; the accuracy of samples shows how much of the
+distribution moved.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .rewards.correctness import numerically_equal
+from .rewards.extract import extract_last_number, extract_tagged_answer
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of right answers, each from 0 to 1.
+
+    Args:
+        strict (`float`):
+            Greedy decoding, the answer inside a closed answer tag.
+        flexible (`float`):
+            Greedy decoding, the last number of the text.
+        sampled (`float` or `None`):
+            Mean strict accuracy of samples at temperature 1.0; `None` if none were drawn.
+        items (`int`):
+            Number of problems.
+        samples_per_item (`int`):
+            Number of samples drawn for each problem.
+    """
+
+    strict: float
+    flexible: float
+    sampled: float | None
+    items: int
+    samples_per_item: int
+
+
+def is_strictly_correct(text: str, answer: str) -> bool:
+    """Whether the text's closed answer tag holds the answer, character for character or as the same number."""
+    tagged = extract_tagged_answer(text)
+    return tagged is not None and (tagged == answer.strip() or numerically_equal(tagged, answer))
+
+
+def is_flexibly_correct(text: str, answer: str) -> bool:
+    """Whether the last number in the text is the answer."""
+    return numerically_equal(extract_last_number(text), answer)
+
+
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[dict[str, str]]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    num_samples: int = 1,
+    batch_size: int = 64,
+    progress: "tqdm[Any] | None" = None,
+) -> list[list[str]]:
+    """Complete prompts with `model.generate`.
+
+    Args:
+        model (`PreTrainedModel`):
+            The policy, in whatever mode; its own generation defaults (top-k, repetition penalty) are not used.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer, with a chat template.
+        prompts (`Sequence[list[dict]]`):
+            Conversational prompts.
+        max_new_tokens (`int`):
+            Longest completion, in tokens.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            Sampling temperature; 0.0 decodes greedily.
+        num_samples (`int`, *optional*, defaults to `1`):
+            Completions for each prompt.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Completions that are generated at once.
+        progress (`tqdm`, *optional*):
+            A bar to advance by one for each prompt.
+
+    Returns:
+        `list[list[str]]`:
+            For each prompt its `num_samples` completions, special tokens left out.
+    """
+    if not prompts:
+        return []
+    ids_of_prompts = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=True)[
+        "input_ids"
+    ]
+    end_ids = model.generation_config.eos_token_id or []
+    end_ids = {*(end_ids if isinstance(end_ids, list) else [end_ids]), tokenizer.eos_token_id} - {None}
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        num_return_sequences=num_samples,
+        eos_token_id=sorted(end_ids),
+        pad_token_id=pad_id,
+        disable_compile=True,
+    )
+    texts: list[list[str]] = [[] for _ in prompts]
+    # Longest first: what does not fit into memory shows at once, and a batch's rows are of about one length.
+    order = sorted(range(len(prompts)), key=lambda index: -len(ids_of_prompts[index]))
+    rows = max(1, batch_size // num_samples)
+    for start in range(0, len(order), rows):
+        indices = order[start : start + rows]
+        inputs = tokenizer.pad(
+            {"input_ids": [ids_of_prompts[index] for index in indices]}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
+        with torch.no_grad():
+            outputs = model.generate(**inputs, generation_config=config)
+        completions = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for position, index in enumerate(indices):
+            texts[index] = completions[position * num_samples : (position + 1) * num_samples]
+        if progress is not None:
+            progress.update(len(indices))
+    return texts
+
+
+@contextmanager
+def _undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Evaluation mode and random numbers of its own: training goes on as if there had been no evaluation."""
+    was_training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: "Dataset",
+    *,
+    max_new_tokens: int,
+    samples_per_item: int = 4,
+    batch_size: int = 64,
+    seed: int = 0,
+    accelerator: Accelerator | None = None,
+    description: str = "Evaluating",
+) -> Accuracy:
+    """Measure a policy's accuracy on problems with the columns `prompt` and `answer`.
+
+    Args:
+        model (`PreTrainedModel`):
+            The policy. Its mode and the state of the random number generators are as before afterwards.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer, with a chat template.
+        dataset (`datasets.Dataset`):
+            The problems.
+        max_new_tokens (`int`):
+            Longest completion, in tokens.
+        samples_per_item (`int`, *optional*, defaults to `4`):
+            Samples at temperature 1.0 for each problem; 0 leaves the sampled accuracy out.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Completions that are generated at once, on each process.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the samples.
+        accelerator (`Accelerator`, *optional*):
+            Where there are several processes: each takes its share of the problems, and all return the same figures.
+        description (`str`, *optional*, defaults to `"Evaluating"`):
+            Label of the progress bar.
+
+    Returns:
+        `Accuracy`:
+            The shares of right answers.
+
+    Raises:
+        ValueError: If there is no problem to evaluate on.
+    """
+    if len(dataset) == 0:
+        raise ValueError("there are no problems to evaluate on; ask for at least one")
+    process_index = accelerator.process_index if accelerator is not None else 0
+    num_processes = accelerator.num_processes if accelerator is not None else 1
+    share = dataset.select(range(process_index, len(dataset), num_processes))
+    prompts, answers = list(share["prompt"]), list(share["answer"])
+    runs = [(0.0, 1)] + ([(1.0, samples_per_item)] if samples_per_item else [])
+    texts: list[list[list[str]]] = []
+    with (
+        _undisturbed(model, seed + process_index),
+        tqdm(total=len(share) * len(runs), desc=description, unit="problem", disable=process_index != 0) as progress,
+    ):
+        for temperature, num_samples in runs:
+            texts.append(
+                generate_texts(
+                    model,
+                    tokenizer,
+                    prompts,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    num_samples=num_samples,
+                    batch_size=batch_size,
+                    progress=progress,
+                )
+            )
+    strict, flexible, sampled = [], [], []
+    for index, answer in enumerate(answers):
+        strict.append(is_strictly_correct(texts[0][index][0], answer))
+        flexible.append(is_flexibly_correct(texts[0][index][0], answer))
+        if samples_per_item:
+            sampled += [is_strictly_correct(text, answer) for text in texts[1][index]]
+    if num_processes > 1:
+        strict, flexible, sampled = gather_object(strict), gather_object(flexible), gather_object(sampled)
+    return Accuracy(
+        strict=sum(strict) / len(strict),
+        flexible=sum(flexible) / len(flexible),
+        sampled=sum(sampled) / len(sampled) if sampled else None,
+        items=len(strict),
+        samples_per_item=samples_per_item,
+    )

@@ -1,0 +1,62 @@
+"""Reward functions for GRPO, tested, named and weighted. Importing this package imports no torch.
+
+Every reward follows TRL's calling convention: keyword arguments in (`prompts`, `completions`, the data set's columns,
+`log_extra`, `log_metric`, `trainer_state`), one float a completion out, or `None` where it could not be scored. A
+completion may be a string, a list of messages or `None`. No text makes a reward raise, hang or go quadratic.
+"""
+
+from .audit import AuditReport, AuditRow, audit
+from .bundle import RewardBundle, gsm8k_bundle, tag_bundle
+from .correctness import (
+    correctness_reward_func,
+    exact_correctness_reward_func,
+    get_correctness_reward,
+    get_exact_correctness_reward,
+    numerically_equal,
+    parse_number,
+)
+from .extract import extract_hash_answer, extract_last_number, extract_tagged_answer, extract_xml_answer
+from .format import (
+    format_reward_func,
+    get_format_reward,
+    get_int_reward,
+    get_soft_format_reward,
+    get_strict_format_reward,
+    get_xmlcount_reward,
+    int_reward_func,
+    soft_format_reward_func,
+    strict_format_reward_func,
+    xmlcount_reward_func,
+)
+from .text import completion_to_text
+
+
+__all__ = [
+    "AuditReport",
+    "AuditRow",
+    "RewardBundle",
+    "audit",
+    "completion_to_text",
+    "correctness_reward_func",
+    "exact_correctness_reward_func",
+    "extract_hash_answer",
+    "extract_last_number",
+    "extract_tagged_answer",
+    "extract_xml_answer",
+    "format_reward_func",
+    "get_correctness_reward",
+    "get_exact_correctness_reward",
+    "get_format_reward",
+    "get_int_reward",
+    "get_soft_format_reward",
+    "get_strict_format_reward",
+    "get_xmlcount_reward",
+    "gsm8k_bundle",
+    "int_reward_func",
+    "numerically_equal",
+    "parse_number",
+    "soft_format_reward_func",
+    "strict_format_reward_func",
+    "tag_bundle",
+    "xmlcount_reward_func",
+]

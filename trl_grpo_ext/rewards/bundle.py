@@ -1,0 +1,224 @@
+"""Reward functions with their names and weights, in the list that `GRPOTrainer` takes."""
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, SupportsIndex, TypeAlias, overload
+
+from .correctness import correctness_reward_func
+from .format import (
+    format_reward_func,
+    int_reward_func,
+    soft_format_reward_func,
+    strict_format_reward_func,
+    xmlcount_reward_func,
+)
+
+
+# As in TRL: the id of a reward model, a reward model (a callable module), or a function.
+RewardFunction: TypeAlias = str | Callable[..., Any]
+
+
+def reward_name(reward_func: Any) -> str:
+    """The name under which TRL logs a reward: a callable's `__name__`, or the last part of a model's id."""
+    if isinstance(reward_func, str):
+        return os.path.basename(reward_func.rstrip("/"))
+    if _is_model(reward_func):
+        return os.path.basename(str(reward_func.config._name_or_path).rstrip("/")) or type(reward_func).__name__
+    while not hasattr(reward_func, "__name__") and hasattr(reward_func, "func"):  # functools.partial
+        reward_func = reward_func.func
+    return getattr(reward_func, "__name__", type(reward_func).__name__)
+
+
+def _is_model(reward_func: Any) -> bool:
+    return hasattr(reward_func, "forward") and hasattr(reward_func, "config")
+
+
+class RewardBundle(list):
+    """A list of reward functions that knows the name and the weight of each.
+
+    It is a list so that it can be passed as `reward_funcs` wherever TRL takes one, next to
+    `GRPOConfig(reward_weights=bundle.weights)`. Weight 0 makes a reward a metric: computed and logged, not trained on.
+
+    A bundle does not change. `+`, [`~RewardBundle.with_weights`] and [`~RewardBundle.select`] return new ones, and
+    what would change a list in place raises `TypeError`. One write is let through because TRL cannot do without it:
+    the trainer puts the loaded model where the id of a reward model stood. That model is kept in the list alone;
+    names, weights and every bundle made from this one still go by the id.
+
+    Args:
+        reward_funcs (`Iterable`, *optional*):
+            Reward functions, ids of reward models, or reward models.
+        weights (`Iterable[float]`, *optional*):
+            One weight for each; 1.0 for all where left out, and where `reward_funcs` is a bundle, that bundle's.
+
+    Raises:
+        TypeError: If a reward function is none of the three.
+        ValueError: If two have the same name (their metrics would be mixed), or the weights do not fit.
+
+    Example:
+    ```python
+    >>> bundle = gsm8k_bundle().with_weights(correctness_reward_func=4.0, int_reward_func=0.0)
+    >>> bundle.names[-1], bundle.weights
+    ('correctness_reward_func', [1.0, 1.0, 1.0, 0.0, 4.0])
+
+    >>> trainer = GRPOTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     reward_funcs=bundle,
+    ...     args=GRPOConfig(reward_weights=bundle.weights),
+    ...     train_dataset=load_gsm8k(),
+    ... )
+    ```
+    """
+
+    _declared: tuple[RewardFunction, ...]
+    _names: tuple[str, ...]
+    _weights: tuple[float, ...]
+
+    def __init__(self, reward_funcs: Iterable[RewardFunction] = (), weights: Iterable[float] | None = None) -> None:
+        if isinstance(reward_funcs, RewardBundle):
+            weights = reward_funcs.weights if weights is None else weights
+            reward_funcs = reward_funcs._declared
+        if isinstance(reward_funcs, str) or not isinstance(reward_funcs, Iterable):
+            raise TypeError(f"reward_funcs must be a list of reward functions, got {reward_funcs!r}")
+        declared = tuple(reward_funcs)
+        for reward_func in declared:
+            if not (isinstance(reward_func, str) and reward_func) and not callable(reward_func):
+                raise TypeError(f"a reward must be a function, a model or a model's id, got {reward_func!r}")
+        names = tuple(map(reward_name, declared))
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"two rewards of this bundle are called {name!r} and would be logged as one; leave one out with "
+                    "`select`, or make it with another name (`name=` of its factory)"
+                )
+        weights = (1.0,) * len(declared) if weights is None else tuple(weights)
+        if len(weights) != len(declared):
+            raise ValueError(f"{len(declared)} rewards need as many weights, got {len(weights)}")
+        for name, weight in zip(names, weights, strict=True):
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise ValueError(f"the weight of {name!r} must be a finite number, got {weight!r}")
+        super().__init__(declared)
+        self._declared = declared
+        self._names = names
+        self._weights = tuple(map(float, weights))
+
+    @property
+    def names(self) -> list[str]:
+        """The rewards' names, as TRL logs them."""
+        return list(self._names)
+
+    @property
+    def weights(self) -> list[float]:
+        """The rewards' weights, for `GRPOConfig(reward_weights=...)`. A new list at each call."""
+        return list(self._weights)
+
+    def with_weights(self, weights: Mapping[str, float] | None = None, /, **named_weights: float) -> "RewardBundle":
+        """The same rewards with other weights.
+
+        Args:
+            weights (`Mapping[str, float]`, *optional*):
+                Weights by name, for names that are no Python identifiers, like a model's.
+            **named_weights (`float`):
+                Weights by name. Rewards that are not named keep theirs.
+
+        Raises:
+            ValueError: If a name is not in the bundle; the message gives the nearest one.
+        """
+        changed = {**(weights or {}), **named_weights}
+        for name in changed:
+            self._index_of(name)
+        return RewardBundle(
+            self._declared,
+            [changed.get(name, weight) for name, weight in zip(self._names, self._weights, strict=True)],
+        )
+
+    def select(self, *names: str) -> "RewardBundle":
+        """The named rewards with their weights, in the order given.
+
+        Raises:
+            ValueError: If a name is not in the bundle; the message gives the nearest one.
+        """
+        indices = [self._index_of(name) for name in names]
+        return RewardBundle([self._declared[i] for i in indices], [self._weights[i] for i in indices])
+
+    def _index_of(self, name: str) -> int:
+        if name in self._names:
+            return self._names.index(name)
+        nearest = difflib.get_close_matches(str(name), self._names, n=1, cutoff=0.0)
+        hint = f", did you mean {nearest[0]!r}?" if nearest else "."
+        raise ValueError(f"no reward is called {name!r}{hint} This bundle has: {', '.join(self._names) or 'none'}")
+
+    def __add__(self, other: Iterable[RewardFunction]) -> "RewardBundle":  # type: ignore[override]
+        if not isinstance(other, list | tuple):
+            return NotImplemented
+        other = other if isinstance(other, RewardBundle) else RewardBundle(other)
+        return RewardBundle(self._declared + other._declared, self._weights + other._weights)
+
+    def __radd__(self, other: Iterable[RewardFunction]) -> "RewardBundle":
+        if not isinstance(other, list | tuple):
+            return NotImplemented
+        return RewardBundle(other) + self
+
+    def __iadd__(self, other: Iterable[RewardFunction]) -> "RewardBundle":  # type: ignore[override]
+        return self + other  # `bundle += other` gives the name a new bundle
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> "RewardBundle": ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return RewardBundle(self._declared[index], self._weights[index])
+        return super().__getitem__(index)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        replaced = None if isinstance(index, slice) else self[index]
+        if not (isinstance(replaced, str) or _is_model(replaced)) or not hasattr(value, "forward"):
+            self._refuse_to_change()
+        super().__setitem__(index, value)
+
+    def _refuse_to_change(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(
+            "a RewardBundle does not change: make a new one with `+`, `select` or `with_weights`; where a trainer "
+            "adds rewards of its own (environments do), pass it `list(bundle)`"
+        )
+
+    append = extend = insert = pop = remove = clear = sort = reverse = _refuse_to_change
+    __delitem__ = __imul__ = __mul__ = __rmul__ = _refuse_to_change
+
+    def copy(self) -> "RewardBundle":
+        """A bundle as this one was made: with the id of a reward model where a trainer has put the loaded model."""
+        return RewardBundle(self)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, RewardBundle):
+            return self._declared == other._declared and self._weights == other._weights
+        return list(self) == other
+
+    __hash__ = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RewardBundle, (self._declared, self._weights)
+
+    def __repr__(self) -> str:
+        rewards = ", ".join(f"{name}={weight:g}" for name, weight in zip(self._names, self._weights, strict=True))
+        return f"RewardBundle({rewards})"
+
+
+def gsm8k_bundle() -> RewardBundle:
+    """The five rewards of the GSM8K notebooks: XML count, soft and strict format, integer, correctness."""
+    return RewardBundle(
+        [
+            xmlcount_reward_func,
+            soft_format_reward_func,
+            strict_format_reward_func,
+            int_reward_func,
+            correctness_reward_func,
+        ]
+    )
+
+
+def tag_bundle() -> RewardBundle:
+    """Two rewards that do not pull against each other: correctness, and 0.2 for each tag."""
+    return RewardBundle([correctness_reward_func, format_reward_func])

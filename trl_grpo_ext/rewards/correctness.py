@@ -1,0 +1,315 @@
+"""Rewards for the answer: is it the reference's, character for character or as a number?"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from typing import Any
+
+from ._base import Reward, check_score, check_tag
+from .extract import NUMBER, extract_tagged_answer, extract_xml_answer
+from .text import completion_to_text
+
+
+# Beyond these a text is not taken for a number: exact arithmetic on a million digits is what a hostile answer wants.
+MAX_DIGITS = 1000
+MAX_EXPONENT = 1000
+
+
+def parse_number(text: str | int | float | None) -> Fraction | None:
+    r"""The one number that a text denotes, exactly, or `None` if it denotes none or several.
+
+    Understood are signs (also the Unicode minus), thousands commas (`1,080`), currency signs, `%` (ignored: GSM8K says
+    "50" for 50 %), decimals with or without a leading 0, a trailing period, powers of ten (`1.5e3`), simple fractions
+    (`3/4`, `\frac{3}{4}`), and words, units or `\boxed{...}` around the number.
+
+    Args:
+        text (`str`, `int`, `float` or `None`):
+            The text, or a number from a data set's column.
+
+    Returns:
+        `Fraction` or `None`:
+            The number; `None` also for a denominator of 0, more than `MAX_DIGITS` digits or an exponent beyond
+            `MAX_EXPONENT`. Never raises, and takes time linear in the text's length.
+    """
+    if isinstance(text, float):
+        text = repr(text) if math.isfinite(text) else None
+    elif isinstance(text, int):
+        return Fraction(text)
+    if not isinstance(text, str):
+        return None
+    numbers = list(islice(NUMBER.finditer(text), 2))
+    return _match_to_fraction(numbers[0]) if len(numbers) == 1 else None
+
+
+def _match_to_fraction(match: re.Match[str]) -> Fraction | None:
+    if match.end() - match.start() > MAX_DIGITS:
+        return None
+    groups = match.groupdict()
+    if groups["decimal"]:
+        value = Fraction(groups["decimal"])
+    elif groups["thousands"]:
+        value = Fraction(groups["thousands"].replace(",", "") + groups["thousands_decimals"])
+    elif groups["mantissa"]:
+        exponent = _to_int(groups["exponent"])
+        if abs(exponent) > MAX_EXPONENT:
+            return None
+        value = Fraction(groups["mantissa"]) * Fraction(10) ** exponent
+    else:
+        numerator = _to_int(groups["numerator"] or groups["latex_numerator"])
+        denominator = _to_int(groups["denominator"] or groups["latex_denominator"])
+        if denominator == 0:
+            return None
+        value = Fraction(numerator, denominator)
+    negative = _is_minus(groups["outer_sign"]) != _is_minus(groups["sign"])
+    return -value if negative else value
+
+
+def _to_int(digits: str) -> int:
+    return int(digits.replace("\u2212", "-"))
+
+
+def _is_minus(sign: str | None) -> bool:
+    return sign in ("-", "\u2212")
+
+
+def numerically_equal(a: str | int | float | None, b: str | int | float | None) -> bool:
+    r"""Whether both sides denote one single number, and the same one.
+
+    The comparison is exact (`fractions.Fraction`), so 0.1 is not 0.1000000000000000000001. Whatever the notebooks'
+    rule (exactly one match of `-?\d*\.?\d+` on each side, the same number) accepts is accepted, but for one case: that
+    rule overlooks a minus that is not ASCII or stands before a currency sign, and so takes `\u22125` and `-$5` for 5.
+    Here they are -5.
+
+    Args:
+        a (`str`, `int`, `float` or `None`):
+            One side, see [`parse_number`] for what is understood.
+        b (`str`, `int`, `float` or `None`):
+            The other side.
+
+    Returns:
+        `bool`:
+            `False` also where either side is no single number. Never raises.
+    """
+    left = parse_number(a)
+    return left is not None and left == parse_number(b)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AnswerReward(Reward):
+    """A reward that compares the completion's answer with a column of the data set."""
+
+    answer_column: str
+    answer_tag: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tag(self.name, "answer_tag", self.answer_tag)
+        if not isinstance(self.answer_column, str) or not self.answer_column:
+            raise ValueError(f"{self.name}: answer_column must be a column's name, got {self.answer_column!r}")
+
+    def extract(self, text: str) -> str | None:
+        raise NotImplementedError
+
+    def grade(self, extracted: str | None, reference: str) -> float:
+        raise NotImplementedError
+
+    def is_correct(self, extracted: str | None, reference: str) -> bool:
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        prompts: list[Any] | None = None,
+        completions: list[Any] | None = None,
+        answer: list[Any] | None = None,
+        *,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        if completions is None:
+            raise ValueError(f"{self.name}: completions is missing")
+        references = self._references(answer, columns)
+        if len(references) != len(completions):
+            raise ValueError(
+                f"{self.name}: {len(completions)} completions but {len(references)} values of {self.answer_column!r}; "
+                "there must be one for each completion"
+            )
+        extracted = [self.extract(completion_to_text(completion)) for completion in completions]
+        rewards: list[float | None] = []
+        correct = []
+        for given, value in zip(extracted, references, strict=True):
+            reference = _reference_to_text(value)
+            if reference is None:  # nothing to compare with: not scored, which is not the same as wrong
+                rewards.append(None)
+                continue
+            rewards.append(self.grade(given, reference))
+            correct.append(self.is_correct(given, reference))
+        # Two answer rewards in one bundle must not write into the same column, TRL would append the one to the other.
+        prefix = "" if self.name == "correctness_reward_func" else f"{self.name.removesuffix('_reward_func')}/"
+        if log_extra is not None:
+            log_extra(f"{prefix}extracted_answer", extracted)
+        if log_metric is not None and correct:
+            log_metric(f"{prefix}accuracy", sum(correct) / len(correct))
+        return rewards
+
+    def _references(self, answer: list[Any] | None, columns: dict[str, Any]) -> list[Any]:
+        references = answer if self.answer_column == "answer" else columns.get(self.answer_column)
+        if references is None:
+            found = sorted(columns if answer is None else ["answer", *columns])
+            raise ValueError(
+                f"{self.name} needs the dataset column {self.answer_column!r} and was given {found}; add the column, "
+                "or name another one with the answer_column option of the reward's factory"
+            )
+        if isinstance(references, str):
+            raise ValueError(f"{self.name}: {self.answer_column!r} must be a list, not a string")
+        return list(references)
+
+
+def _reference_to_text(value: Any) -> str | None:
+    """A cell of the answer column as text; `None` where it is empty or NaN. Whole floats lose their `.0`."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip() or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectnessReward(_AnswerReward):
+    """See [`get_correctness_reward`]."""
+
+    exact_score: float
+    numeric_score: float
+    wrong_score: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("exact_score", "numeric_score", "wrong_score"):
+            check_score(self.name, option, getattr(self, option))
+
+    @property
+    def full_marks(self) -> float:
+        return self.exact_score
+
+    def extract(self, text: str) -> str | None:
+        return extract_tagged_answer(text, self.answer_tag)
+
+    def grade(self, extracted: str | None, reference: str) -> float:
+        if extracted == reference:
+            return self.exact_score
+        return self.numeric_score if numerically_equal(extracted, reference) else self.wrong_score
+
+    def is_correct(self, extracted: str | None, reference: str) -> bool:
+        return extracted == reference or numerically_equal(extracted, reference)
+
+
+def get_correctness_reward(
+    *,
+    exact_score: float = 2.0,
+    numeric_score: float = 1.5,
+    wrong_score: float = 0.0,
+    answer_tag: str = "answer",
+    answer_column: str = "answer",
+    name: str = "correctness_reward_func",
+) -> Callable[..., list[float | None]]:
+    """A score for the right answer inside a closed answer tag.
+
+    Logs the extracted answers as the column `extracted_answer` and the share of right ones (exact or numeric) as the
+    metric `accuracy`; under a name of its own, the reward puts that name before both.
+
+    Args:
+        exact_score (`float`, *optional*, defaults to `2.0`):
+            Score where the extracted answer equals the reference character for character, white space at the ends
+            aside.
+        numeric_score (`float`, *optional*, defaults to `1.5`):
+            Score where both are the same number, see [`numerically_equal`].
+        wrong_score (`float`, *optional*, defaults to `0.0`):
+            Score of everything else, an unclosed or missing answer tag included.
+        answer_tag (`str`, *optional*, defaults to `"answer"`):
+            Name of the answer tag, see [`extract_tagged_answer`].
+        answer_column (`str`, *optional*, defaults to `"answer"`):
+            The dataset column with the references. Where a reference is `None`, NaN or empty, the reward is `None`.
+        name (`str`, *optional*, defaults to `"correctness_reward_func"`):
+            The callable's `__name__`.
+
+    Returns:
+        `Callable`:
+            A picklable reward function: `prompts`, `completions` and `answer` to a list of floats or `None`. It raises
+            `ValueError` if the column is missing or has another length than `completions`.
+    """
+    return CorrectnessReward(
+        name=name,
+        answer_tag=answer_tag,
+        answer_column=answer_column,
+        exact_score=exact_score,
+        numeric_score=numeric_score,
+        wrong_score=wrong_score,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactCorrectnessReward(_AnswerReward):
+    """See [`get_exact_correctness_reward`]."""
+
+    exact_score: float
+    wrong_score: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_score(self.name, "score", self.exact_score)
+        check_score(self.name, "wrong_score", self.wrong_score)
+
+    @property
+    def full_marks(self) -> float:
+        return self.exact_score
+
+    def extract(self, text: str) -> str | None:
+        return extract_xml_answer(text, self.answer_tag)
+
+    def grade(self, extracted: str | None, reference: str) -> float:
+        return self.exact_score if extracted == reference else self.wrong_score
+
+    def is_correct(self, extracted: str | None, reference: str) -> bool:
+        return extracted == reference
+
+
+def get_exact_correctness_reward(
+    *,
+    score: float = 2.0,
+    wrong_score: float = 0.0,
+    answer_tag: str = "answer",
+    answer_column: str = "answer",
+    name: str = "exact_correctness_reward_func",
+) -> Callable[..., list[float | None]]:
+    """The notebooks' first correctness reward: string equality of the leniently extracted answer.
+
+    It does not see that 24.0 is 24 or 1,000 is 1000, and it scores a bare answer without any tag. Logs like
+    [`get_correctness_reward`], as `exact_correctness/extracted_answer` and `exact_correctness/accuracy`.
+
+    Args:
+        score (`float`, *optional*, defaults to `2.0`):
+            Score where the extracted answer equals the reference character for character, white space at the ends
+            aside.
+        wrong_score (`float`, *optional*, defaults to `0.0`):
+            Score of everything else.
+        answer_tag (`str`, *optional*, defaults to `"answer"`):
+            Name of the answer tag, see [`extract_xml_answer`].
+        answer_column (`str`, *optional*, defaults to `"answer"`):
+            The dataset column with the references. Where a reference is `None`, NaN or empty, the reward is `None`.
+        name (`str`, *optional*, defaults to `"exact_correctness_reward_func"`):
+            The callable's `__name__`.
+
+    Returns:
+        `Callable`:
+            A picklable reward function, see [`get_correctness_reward`].
+    """
+    return ExactCorrectnessReward(
+        name=name, answer_tag=answer_tag, answer_column=answer_column, exact_score=score, wrong_score=wrong_score
+    )
+
+
+correctness_reward_func = get_correctness_reward()
+exact_correctness_reward_func = get_exact_correctness_reward()

@@ -1,0 +1,306 @@
+"""Rewards for the structure of a completion: `<reasoning>...</reasoning>` and then `<answer>...</answer>`.
+
+The scores are those of the reward functions that the GSM8K notebooks share, so they are drop-ins. Two things differ
+on purpose: "any" text may span lines, and every function is linear in the text's length. A lazy `.*?` between two tags
+backtracks quadratically on a text that repeats the first one; it is enough to look at the text's two ends and to
+search the middle once.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ._base import TextReward, check_score, check_tag
+from .extract import extract_xml_answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TaggedReward(TextReward):
+    """A reward over a pair of tags.
+
+    Args:
+        tags (`tuple[str, str]`):
+            Names of the reasoning tag and of the answer tag.
+    """
+
+    tags: tuple[str, str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.tags, tuple | list) or len(self.tags) != 2:
+            raise ValueError(f"{self.name}: tags must be two names, like ('reasoning', 'answer'), got {self.tags!r}")
+        for tag in self.tags:
+            check_tag(self.name, "tags", tag)
+        object.__setattr__(self, "tags", tuple(self.tags))
+
+    @property
+    def all_tags(self) -> tuple[str, str, str, str]:
+        """The two opening and the two closing tags, in order."""
+        reasoning, answer = self.tags
+        return f"<{reasoning}>", f"</{reasoning}>", f"<{answer}>", f"</{answer}>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class XMLCountReward(_TaggedReward):
+    """See [`get_xmlcount_reward`]."""
+
+    score_per_tag: float
+    penalty_per_char: float
+    final_newline_penalty: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_score(self.name, "score_per_tag", self.score_per_tag)
+        check_score(self.name, "penalty_per_char", self.penalty_per_char)
+
+    @property
+    def full_marks(self) -> float:
+        return 4 * self.score_per_tag
+
+    def score(self, text: str) -> float:
+        reasoning_open, reasoning_close, answer_open, answer_close = self.all_tags
+        score = 0.0
+        if text.count(f"{reasoning_open}\n") == 1:
+            score += self.score_per_tag
+        if text.count(f"\n{reasoning_close}\n") == 1:
+            score += self.score_per_tag
+        chars_after_line, chars_after_tag = self._trailing_chars(text, f"\n{answer_close}")
+        if text.count(f"\n{answer_open}\n") == 1:
+            score += self.score_per_tag - self.penalty_per_char * chars_after_line
+        if text.count(f"\n{answer_close}") == 1:
+            score += self.score_per_tag - self.penalty_per_char * chars_after_tag
+        return score
+
+    def _trailing_chars(self, text: str, closing: str) -> tuple[int, int]:
+        """How many characters too many follow the closing tag's line, and how many the tag itself."""
+        if self.final_newline_penalty:
+            # Counted as the notebooks do: without a final line break the first is the length of the whole text.
+            return len(text.rpartition(f"{closing}\n")[2]), len(text.rpartition(closing)[2]) - 1
+        trailing_chars = len(text.rpartition(closing)[2].removeprefix("\n"))
+        return trailing_chars, trailing_chars
+
+
+def get_xmlcount_reward(
+    *,
+    score_per_tag: float = 0.125,
+    penalty_per_char: float = 0.001,
+    final_newline_penalty: bool = True,
+    tags: tuple[str, str] = ("reasoning", "answer"),
+    name: str = "xmlcount_reward_func",
+) -> Callable[..., list[float]]:
+    r"""A score for each tag that stands exactly once in its place, less a penalty for text after the last one.
+
+    The four places are `"<reasoning>\n"`, `"\n</reasoning>\n"`, `"\n<answer>\n"` and `"\n</answer>"`.
+
+    Args:
+        score_per_tag (`float`, *optional*, defaults to `0.125`):
+            Score of each of the four tags.
+        penalty_per_char (`float`, *optional*, defaults to `0.001`):
+            What each character after the closing answer tag costs. It is charged twice, with the opening answer tag
+            and with the closing one. There is no lower bound: a text that goes on for long scores far below zero.
+        final_newline_penalty (`bool`, *optional*, defaults to `True`):
+            As in the notebooks, where a text that does not end in a line break is charged its whole length once.
+            `False` does not tell the two endings apart.
+        tags (`tuple[str, str]`, *optional*, defaults to `("reasoning", "answer")`):
+            Names of the reasoning tag and of the answer tag.
+        name (`str`, *optional*, defaults to `"xmlcount_reward_func"`):
+            The callable's `__name__`.
+
+    Returns:
+        `Callable`:
+            A picklable reward function: `completions` to a list of floats.
+    """
+    return XMLCountReward(
+        name=name,
+        tags=tags,
+        score_per_tag=score_per_tag,
+        penalty_per_char=penalty_per_char,
+        final_newline_penalty=final_newline_penalty,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LayoutReward(_TaggedReward):
+    """A score for texts of one layout as a whole, 0.0 for all others."""
+
+    full_score: float
+    exactly_once: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_score(self.name, "score", self.full_score)
+
+    @property
+    def full_marks(self) -> float:
+        return self.full_score
+
+    def matches(self, text: str) -> bool:
+        raise NotImplementedError
+
+    def score(self, text: str) -> float:
+        if not self.matches(text) or (self.exactly_once and any(text.count(tag) != 1 for tag in self.all_tags)):
+            return 0.0
+        return self.full_score
+
+
+class SoftFormatReward(_LayoutReward):
+    """See [`get_soft_format_reward`]."""
+
+    def matches(self, text: str) -> bool:
+        reasoning_open, reasoning_close, answer_open, answer_close = self.all_tags
+        if not (text.startswith(reasoning_open) and text.endswith(answer_close)):
+            return False
+        middle = re.compile(rf"{re.escape(reasoning_close)}\s*{re.escape(answer_open)}")
+        return middle.search(text, len(reasoning_open), len(text) - len(answer_close)) is not None
+
+
+class StrictFormatReward(_LayoutReward):
+    """See [`get_strict_format_reward`]."""
+
+    def matches(self, text: str) -> bool:
+        reasoning_open, reasoning_close, answer_open, answer_close = self.all_tags
+        start, middle, end = f"{reasoning_open}\n", f"\n{reasoning_close}\n{answer_open}\n", f"\n{answer_close}"
+        if not (text.startswith(start) and text.endswith(end)):
+            return False
+        return text.find(middle, len(start), len(text) - len(end)) != -1
+
+
+def get_soft_format_reward(
+    *,
+    score: float = 0.5,
+    exactly_once: bool = False,
+    tags: tuple[str, str] = ("reasoning", "answer"),
+    name: str = "soft_format_reward_func",
+) -> Callable[..., list[float]]:
+    """A score for a text that is a reasoning block and an answer block, with only white space between the two.
+
+    Args:
+        score (`float`, *optional*, defaults to `0.5`):
+            Score of a text that has the layout; all others get 0.0.
+        exactly_once (`bool`, *optional*, defaults to `False`):
+            Whether each of the four tags must occur exactly once. The notebooks' expression does not ask for that:
+            between the first and the last tag, duplicated blocks are "any text" to it.
+        tags (`tuple[str, str]`, *optional*, defaults to `("reasoning", "answer")`):
+            Names of the reasoning tag and of the answer tag.
+        name (`str`, *optional*, defaults to `"soft_format_reward_func"`):
+            The callable's `__name__`.
+
+    Returns:
+        `Callable`:
+            A picklable reward function: `completions` to a list of floats.
+    """
+    return SoftFormatReward(name=name, tags=tags, full_score=score, exactly_once=exactly_once)
+
+
+def get_strict_format_reward(
+    *,
+    score: float = 0.5,
+    exactly_once: bool = False,
+    tags: tuple[str, str] = ("reasoning", "answer"),
+    name: str = "strict_format_reward_func",
+) -> Callable[..., list[float]]:
+    """Like [`get_soft_format_reward`], but each tag must stand on a line of its own and nothing may follow.
+
+    Args:
+        score (`float`, *optional*, defaults to `0.5`):
+            Score of a text that has the layout; all others get 0.0.
+        exactly_once (`bool`, *optional*, defaults to `False`):
+            Whether each of the four tags must occur exactly once.
+        tags (`tuple[str, str]`, *optional*, defaults to `("reasoning", "answer")`):
+            Names of the reasoning tag and of the answer tag.
+        name (`str`, *optional*, defaults to `"strict_format_reward_func"`):
+            The callable's `__name__`.
+
+    Returns:
+        `Callable`:
+            A picklable reward function: `completions` to a list of floats.
+    """
+    return StrictFormatReward(name=name, tags=tags, full_score=score, exactly_once=exactly_once)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagReward(_TaggedReward):
+    """See [`get_format_reward`]."""
+
+    score_per_tag: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_score(self.name, "score_per_tag", self.score_per_tag)
+
+    @property
+    def full_marks(self) -> float:
+        return 4 * self.score_per_tag
+
+    def score(self, text: str) -> float:
+        return self.score_per_tag * sum(tag in text for tag in self.all_tags)
+
+
+def get_format_reward(
+    *,
+    score_per_tag: float = 0.2,
+    tags: tuple[str, str] = ("reasoning", "answer"),
+    name: str = "format_reward_func",
+) -> Callable[..., list[float]]:
+    """A score for each of the four tags that occurs, wherever and however often.
+
+    Args:
+        score_per_tag (`float`, *optional*, defaults to `0.2`):
+            Score of each of the four tags.
+        tags (`tuple[str, str]`, *optional*, defaults to `("reasoning", "answer")`):
+            Names of the reasoning tag and of the answer tag.
+        name (`str`, *optional*, defaults to `"format_reward_func"`):
+            The callable's `__name__`.
+
+    Returns:
+        `Callable`:
+            A picklable reward function: `completions` to a list of floats.
+    """
+    return TagReward(name=name, tags=tags, score_per_tag=score_per_tag)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntReward(TextReward):
+    """See [`get_int_reward`]."""
+
+    full_score: float
+    answer_tag: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_score(self.name, "score", self.full_score)
+        check_tag(self.name, "answer_tag", self.answer_tag)
+
+    @property
+    def full_marks(self) -> float:
+        return self.full_score
+
+    def score(self, text: str) -> float:
+        return self.full_score if extract_xml_answer(text, self.answer_tag).isdigit() else 0.0
+
+
+def get_int_reward(
+    *, score: float = 0.5, answer_tag: str = "answer", name: str = "int_reward_func"
+) -> Callable[..., list[float]]:
+    """A score for an extracted answer that `str.isdigit` accepts: no sign, no commas, no decimals.
+
+    Args:
+        score (`float`, *optional*, defaults to `0.5`):
+            Score of such an answer; all others get 0.0.
+        answer_tag (`str`, *optional*, defaults to `"answer"`):
+            Name of the answer tag. The answer is extracted leniently, see [`extract_xml_answer`].
+        name (`str`, *optional*, defaults to `"int_reward_func"`):
+            The callable's `__name__`.
+
+    Returns:
+        `Callable`:
+            A picklable reward function: `completions` to a list of floats.
+    """
+    return IntReward(name=name, full_score=score, answer_tag=answer_tag)
+
+
+xmlcount_reward_func = get_xmlcount_reward()
+soft_format_reward_func = get_soft_format_reward()
+strict_format_reward_func = get_strict_format_reward()
+int_reward_func = get_int_reward()
+format_reward_func = get_format_reward()
