@@ -60,9 +60,9 @@ class BuildArguments:
 
     output_dir: Path = field(default=PACKAGED_POLICY, metadata={"help": "Folder for the model and its tokenizer."})
     seed: int = field(default=0, metadata={"help": "Seed of the data, the initial weights and the order."})
-    drill_steps: int = field(default=600, metadata={"help": "Optimizer steps of phase 1."})
-    clean_steps: int = field(default=2600, metadata={"help": "Optimizer steps of phase 2."})
-    imperfect_steps: int = field(default=500, metadata={"help": "Optimizer steps of phase 3."})
+    drill_steps: int = field(default=300, metadata={"help": "Optimizer steps of phase 1."})
+    clean_steps: int = field(default=1600, metadata={"help": "Optimizer steps of phase 2."})
+    imperfect_steps: int = field(default=400, metadata={"help": "Optimizer steps of phase 3."})
     batch_size: int = field(default=32, metadata={"help": "Demonstrations an optimizer step."})
 
 
@@ -117,10 +117,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config)
-    # The embeddings are the output layer too: small ones begin with even predictions.
-    model.get_input_embeddings().weight.data.mul_(0.25)
-    return model
+    return Qwen2ForCausalLM(config)
 
 
 def misconception(problem: Problem) -> list[Step]:
@@ -246,7 +243,6 @@ def warm_start(
                 adam_beta2=0.95,
                 weight_decay=0.01,
                 max_grad_norm=1.0,
-                train_sampling_strategy="group_by_length",
                 gradient_checkpointing=False,
                 bf16=False,
                 use_cpu=True,

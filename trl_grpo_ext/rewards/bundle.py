@@ -196,6 +196,9 @@ class RewardBundle(list):
             return self._declared == other._declared and self._weights == other._weights
         return list(self) == other
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other  # `list` has one of its own, which looks at the items alone
+
     __hash__ = None
 
     def __reduce__(self) -> tuple[Any, ...]:

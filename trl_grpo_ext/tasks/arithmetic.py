@@ -276,15 +276,15 @@ def make_problems(split: Split, size: int, seed: int = 0) -> list[Problem]:
     rng = random.Random(f"{seed}-{split}")
     problems: list[Problem] = []
     questions: set[str] = set()
-    draws_left = 50 * size + 1000
-    while len(problems) < size:
-        problem = make_problem(KINDS[len(problems) % len(KINDS)], split, rng)
-        draws_left -= 1
-        if problem.question not in questions:
-            questions.add(problem.question)
-            problems.append(problem)
-        elif draws_left < 0:
+    for index in range(size):
+        for _ in range(1000):
+            problem = make_problem(KINDS[index % len(KINDS)], split, rng)
+            if problem.question not in questions:
+                break
+        else:
             raise ValueError(f"there are not {size} different problems in split {split!r}; ask for a smaller size")
+        questions.add(problem.question)
+        problems.append(problem)
     return problems
 
 

@@ -1,0 +1,226 @@
+import math
+import pickle
+
+import oracle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trl_grpo_ext.rewards import (
+    format_reward_func,
+    get_format_reward,
+    get_int_reward,
+    get_soft_format_reward,
+    get_strict_format_reward,
+    get_xmlcount_reward,
+    int_reward_func,
+    soft_format_reward_func,
+    strict_format_reward_func,
+    xmlcount_reward_func,
+)
+
+
+STRICT = "<reasoning>\nr\n</reasoning>\n<answer>\n72\n</answer>"  # 50 characters
+LOOSE = "<reasoning>r</reasoning><answer>72</answer>"
+TWICE = f"{STRICT}\n{STRICT}"
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        (f"{STRICT}\n", 0.5),
+        # no final line break: charged the whole text's length once, and refunded one character
+        (STRICT, 0.5 - 0.001 * len(STRICT) + 0.001),
+        (f"{STRICT}\nabc", 0.5 - 0.001 * 3 - 0.001 * 3),
+        (f"{STRICT}abc", 0.5 - 0.001 * (len(STRICT) + 3) - 0.001 * 2),
+        ("<reasoning>\n", 0.125),
+        ("\n</reasoning>\n", 0.125),
+        ("\n<answer>\n", 0.125 - 0.001 * 10),
+        ("\n</answer>", 0.125 + 0.001),
+        ("\n</answer>x", 0.125),
+        ("<reasoning>\n<reasoning>\n", 0.0),
+        (LOOSE, 0.0),
+        ("", 0.0),
+        ("no tags at all", 0.0),
+    ],
+)
+def test_xmlcount(text, score):
+    assert xmlcount_reward_func(completions=[text]) == [pytest.approx(score, abs=1e-12)]
+
+
+@pytest.mark.parametrize(
+    ("text", "soft", "strict"),
+    [
+        (STRICT, 0.5, 0.5),
+        (LOOSE, 0.5, 0.0),
+        ("<reasoning>a\nb\nc</reasoning>\n \t\n<answer>7\n8</answer>", 0.5, 0.0),
+        ("<reasoning>\na\n\nb\n</reasoning>\n<answer>\n7\n8\n</answer>", 0.5, 0.5),
+        ("<reasoning></reasoning><answer></answer>", 0.5, 0.0),
+        ("<reasoning>\n\n</reasoning>\n<answer>\n\n</answer>", 0.5, 0.5),
+        ("<reasoning>\n</reasoning>\n<answer>\n</answer>", 0.5, 0.0),
+        (f"{STRICT}\n", 0.0, 0.0),
+        (f" {STRICT}", 0.0, 0.0),
+        (f"{STRICT} thanks", 0.0, 0.0),
+        (TWICE, 0.5, 0.5),
+        ("<reasoning>a</reasoning> then <answer>7</answer>", 0.0, 0.0),
+        ("<reasoning>a<answer>7</answer>", 0.0, 0.0),
+        ("<answer>7</answer><reasoning>a</reasoning>", 0.0, 0.0),
+        ("<reasoning></reasoning></answer>", 0.0, 0.0),
+        ("<reasoning><answer></answer>", 0.0, 0.0),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_layout(text, soft, strict):
+    assert soft_format_reward_func(completions=[text]) == [soft]
+    assert strict_format_reward_func(completions=[text]) == [strict]
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("<answer>72</answer>", 0.5),
+        ("<answer>\n 72 \n</answer>", 0.5),
+        ("72", 0.5),
+        ("<answer>7</answer><answer>x</answer>", 0.0),
+        ("<answer>-72</answer>", 0.0),
+        ("<answer>1,080</answer>", 0.0),
+        ("<answer>7.0</answer>", 0.0),
+        ("<answer>$7</answer>", 0.0),
+        ("<answer>²</answer>", 0.5),  # `str.isdigit` says so
+        ("", 0.0),
+    ],
+)
+def test_int(text, score):
+    assert int_reward_func(completions=[text]) == [score]
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        (STRICT, 0.8),
+        (TWICE, 0.8),
+        ("</answer><reasoning>", 0.4),
+        ("<answer>", 0.2),
+        ("<reasoning><answer></answer>", 0.6),
+        ("reasoning answer", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_tags(text, score):
+    assert format_reward_func(completions=[text]) == [pytest.approx(score, abs=1e-12)]
+
+
+# Texts from the pieces that matter, so that most of them are nearly right.
+PIECES = st.sampled_from(
+    ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", " ", "72", "x", "<", "<reasoning>\n", "\n</answer>"]
+)
+TAGGED_TEXT = st.lists(PIECES, max_size=14).map("".join) | st.builds(
+    "<reasoning>{}</reasoning>{}<answer>{}</answer>{}".format, *[st.lists(PIECES, max_size=3).map("".join)] * 4
+)
+
+
+@given(TAGGED_TEXT | st.text())
+def test_scores_are_the_notebooks(text):
+    scored = {xmlcount_reward_func: oracle.xmlcount,
+            soft_format_reward_func: oracle.soft_format,
+            strict_format_reward_func: oracle.strict_format,
+            int_reward_func: oracle.int_reward,
+            format_reward_func: oracle.tags,}
+    for reward_func, oracle_func in scored.items():
+        (score,) = reward_func(completions=[text])
+        assert math.isclose(score, oracle_func(text), abs_tol=1e-12), reward_func.__name__
+
+
+def score_of(reward_func, text):
+    (score,) = reward_func(completions=[text])
+    return score
+
+
+def test_xmlcount_options():
+    assert score_of(get_xmlcount_reward(score_per_tag=1.0), f"{STRICT}\n") == 4.0
+    assert score_of(get_xmlcount_reward(penalty_per_char=0.01), f"{STRICT}\nabc") == pytest.approx(0.5 - 0.06)
+    assert score_of(get_xmlcount_reward(penalty_per_char=0.0), f"{STRICT}abc") == 0.5
+    lenient = get_xmlcount_reward(final_newline_penalty=False)
+    assert score_of(lenient, STRICT) == 0.5
+    assert score_of(lenient, f"{STRICT}\n") == 0.5
+    assert score_of(lenient, f"{STRICT}\nabc") == pytest.approx(0.5 - 0.006)
+    assert score_of(lenient, f"{STRICT}abc") == pytest.approx(0.5 - 0.006)
+    other = get_xmlcount_reward(tags=("think", "final"))
+    assert score_of(other, "<think>\nr\n</think>\n<final>\n7\n</final>\n") == 0.5
+    assert score_of(other, f"{STRICT}\n") == 0.0
+
+
+def test_layout_options():
+    for get_reward in (get_soft_format_reward, get_strict_format_reward):
+        assert score_of(get_reward(score=3.0), STRICT) == 3.0
+        once = get_reward(exactly_once=True)
+        assert score_of(once, STRICT) == 0.5
+        assert score_of(once, TWICE) == 0.0
+        assert score_of(once, STRICT.replace("72", "72 <answer>")) == 0.0
+        other = get_reward(tags=("think", "final"))
+        assert score_of(other, "<think>\nr\n</think>\n<final>\n7\n</final>") == 0.5
+        assert score_of(other, STRICT) == 0.0
+
+
+def test_int_and_tag_options():
+    assert score_of(get_int_reward(score=2.0), "<answer>7</answer>") == 2.0
+    assert score_of(get_int_reward(answer_tag="final"), "<answer>x</answer><final>7</final>") == 0.5
+    assert score_of(get_format_reward(score_per_tag=1.0), STRICT) == 4.0
+    assert score_of(get_format_reward(tags=("think", "final")), "<think></think><final>") == pytest.approx(0.6)
+
+
+FACTORIES = [
+    get_xmlcount_reward,
+    get_soft_format_reward,
+    get_strict_format_reward,
+    get_int_reward,
+    get_format_reward,
+]
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_factories_return_picklable_named_callables(factory):
+    reward_func = factory(name="mine")
+    assert reward_func.__name__ == "mine"
+    assert factory().__name__.endswith("_reward_func")
+    copy = pickle.loads(pickle.dumps(reward_func))
+    assert copy == reward_func
+    assert copy.__name__ == "mine"
+    texts = [STRICT, LOOSE, ""]
+    assert copy(completions=texts) == reward_func(completions=texts)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "1", None, True])
+def test_bad_scores_are_refused(bad):
+    with pytest.raises(ValueError, match="soft_format_reward_func: score must be a finite number"):
+        get_soft_format_reward(score=bad)
+    with pytest.raises(ValueError, match="score_per_tag must be a finite number"):
+        get_xmlcount_reward(score_per_tag=bad)
+
+
+@pytest.mark.parametrize("bad", ["", "<answer>", "an swer", None])
+def test_bad_tags_are_refused(bad):
+    with pytest.raises(ValueError, match="answer_tag must be a tag name"):
+        get_int_reward(answer_tag=bad)
+    with pytest.raises(ValueError, match="tags must be"):
+        get_format_reward(tags=("reasoning", bad))
+    with pytest.raises(ValueError, match="tags must be two names"):
+        get_format_reward(tags=("reasoning",))
+
+
+def test_completions_in_any_form():
+    forms = [
+        STRICT,
+        [{"role": "assistant", "content": STRICT}],
+        [{"role": "assistant", "content": [{"type": "text", "text": STRICT}]}],
+        None,
+        [],
+    ]
+    assert strict_format_reward_func(completions=forms) == [0.5, 0.5, 0.5, 0.0, 0.0]
+    assert strict_format_reward_func(forms) == [0.5, 0.5, 0.5, 0.0, 0.0]  # as the notebooks call it
+    assert strict_format_reward_func(completions=[]) == []
+
+
+def test_nothing_prints(capsys):
+    strict_format_reward_func(completions=[STRICT], prompts=["q"], answer=["72"], trainer_state=None)
+    assert capsys.readouterr() == ("", "")

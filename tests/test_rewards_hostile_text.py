@@ -1,0 +1,126 @@
+"""No text makes a reward raise, return nonsense, or take more than linear time."""
+
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trl_grpo_ext.rewards import (
+    exact_correctness_reward_func,
+    extract_last_number,
+    get_soft_format_reward,
+    get_xmlcount_reward,
+    gsm8k_bundle,
+    numerically_equal,
+    tag_bundle,
+)
+
+
+REWARDS = [
+    *gsm8k_bundle(),
+    *tag_bundle().select("format_reward_func"),
+    exact_correctness_reward_func,
+    get_soft_format_reward(exactly_once=True, name="soft_once"),
+    get_xmlcount_reward(final_newline_penalty=False, name="lenient_xmlcount"),
+]
+
+TEXT = st.text() | st.text(alphabet="<>/answer reasoning\n0123456789.,-$%\\{}eE", max_size=200)
+MESSAGE = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.sampled_from(["assistant", "user", "tool", None]),
+        "content": TEXT
+        | st.none()
+        | st.integers()
+        | st.lists(st.dictionaries(st.sampled_from(["type", "text"]), TEXT)),
+    },
+)
+COMPLETION = TEXT | st.none() | st.lists(MESSAGE, max_size=3)
+
+
+@given(st.lists(st.tuples(COMPLETION, TEXT), max_size=4))
+def test_every_reward_scores_every_text(rows):
+    completions = [completion for completion, _ in rows]
+    answers = [answer for _, answer in rows]
+    for reward_func in REWARDS:
+        scores = reward_func(prompts=[None] * len(rows), completions=completions, answer=answers)
+        assert len(scores) == len(rows)
+        for score, answer in zip(scores, answers, strict=True):
+            assert (score is None and not answer.strip()) or math.isfinite(score)
+
+
+@given(TEXT, TEXT)
+def test_numbers_never_raise(a, b):
+    assert numerically_equal(a, b) in (True, False)
+    assert numerically_equal(a, b) == numerically_equal(b, a)
+    extract_last_number(a)
+
+
+# Each makes a text of about `size` characters.
+HOSTILE = {
+    "opening reasoning tags": lambda size: "<reasoning>" * (size // 11),
+    "opening reasoning lines": lambda size: "<reasoning>\n" * (size // 12),
+    "closing reasoning tags": lambda size: "<reasoning>" + "</reasoning>" * (size // 12),
+    "closed reasoning, white space": lambda size: "<reasoning>" + "</reasoning>  " * (size // 14) + "</answer>",
+    "pairs of tags": lambda size: "<reasoning></reasoning><answer>" * (size // 31),
+    "strict middles": lambda size: "<reasoning>\n" + "\n</reasoning>\n<answer>" * (size // 22) + "\n</answer>",
+    "answer tags": lambda size: "<answer></answer>" * (size // 17),
+    "unclosed answer tags": lambda size: "<answer>" * (size // 8),
+    "nested tags": lambda size: "<answer>" * (size // 17) + "1" + "</answer>" * (size // 17),
+    "white space": lambda size: " " * size,
+    "white space after a tag": lambda size: "<reasoning></reasoning>" + " \n\t" * (size // 3) + "</answer>",
+    "line breaks": lambda size: "\n" * size,
+    "digits": lambda size: "<answer>" + "9" * size + "</answer>",
+    "digits and dots": lambda size: "<answer>" + "1." * (size // 2) + "</answer>",
+    "commas": lambda size: "<answer>1" + ",111" * (size // 4) + ",1</answer>",
+    "fractions": lambda size: "<answer>" + "1/" * (size // 2) + "</answer>",
+    "spaced fractions": lambda size: "<answer>" + "1 / " * (size // 4) + "</answer>",
+    "latex fractions": lambda size: "<answer>" + r"\frac{1}{" * (size // 9) + "</answer>",
+    "long numerator": lambda size: r"<answer>\frac{" + "1" * size + "</answer>",
+    "exponents": lambda size: "<answer>" + "1e" * (size // 2) + "</answer>",
+    "a huge exponent": lambda size: "<answer>1e999999999</answer>" + " " * size,
+    "a long exponent": lambda size: "<answer>1e" + "9" * size + "</answer>",
+    "signs": lambda size: "<answer>" + "-" * size + "5</answer>",
+    "signs and currency": lambda size: "<answer>" + "-$" * (size // 2) + "5</answer>",
+    "backslashes": lambda size: "<answer>" + "\\" * size + "</answer>",
+    "words": lambda size: "<answer>" + "word " * (size // 5) + "</answer>",
+}
+
+
+def seconds(function, *args, **kwargs):
+    """The best of several, enough of them that the clock's resolution does not matter."""
+    best = math.inf
+    deadline = time.perf_counter() + 0.03
+    while time.perf_counter() < deadline or best is math.inf:
+        start = time.perf_counter()
+        function(*args, **kwargs)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_time_grows_linearly(kind):
+    small, large = HOSTILE[kind](100_000), HOSTILE[kind](1_000_000)
+
+    def score(text):
+        for reward_func in REWARDS:
+            (value,) = reward_func(completions=[text], answer=["72"])
+            assert math.isfinite(value)
+        numerically_equal(text, text)
+        extract_last_number(text)
+
+    # Linear is 10, quadratic is 100. What is done in microseconds is fast enough, whatever its ratio.
+    ratio = seconds(score, large) / max(seconds(score, small), 1e-4)
+    assert ratio < 35, f"10 times the text took {ratio:.0f} times as long"
+
+
+def test_importing_the_rewards_imports_no_torch():
+    code = (
+        "import sys, trl_grpo_ext, trl_grpo_ext.rewards as rewards; rewards.gsm8k_bundle()\n"
+        "assert not {'torch', 'transformers', 'trl', 'datasets', 'numpy'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
