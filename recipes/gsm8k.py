@@ -32,6 +32,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from yaml import YAMLError
 
 from trl_grpo_ext.embedded_policy import EMBEDDED_POLICY, embedded_policy_path
 from trl_grpo_ext.evaluation import Accuracy, evaluate
@@ -103,7 +104,7 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, GRPOConfig, Model
     parser = TrlParser([RecipeArguments, GRPOConfig, ModelConfig], description=__doc__.splitlines()[0])
     try:
         recipe_args, training_args, model_args = parser.parse_args_and_config(argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, YAMLError) as error:
         stop(2, error)
     if model_args.model_name_or_path is None:
         stop(2, "--model_name_or_path is missing: name a model on the hub, a folder, or 'embedded'")
@@ -229,6 +230,8 @@ def main(argv: list[str]) -> None:
     bundle = BUNDLES[recipe_args.bundle]()
     if training_args.reward_weights is None:
         training_args.reward_weights = bundle.weights
+    elif len(training_args.reward_weights) != len(bundle):
+        stop(2, f"--reward_weights: got {len(training_args.reward_weights)} for {len(bundle)} rewards: {bundle.names}")
 
     # Policy and trainer
     tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)

@@ -1,7 +1,20 @@
 import os
+import tempfile
+
+from hypothesis import settings
 
 
-# No test needs a network: whatever would ask the hub fails at once instead of waiting.
+# No test needs a network: whatever would ask the hub fails at once instead of waiting. Caches go where they are removed.
+_HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
+os.environ["HF_HOME"] = _HF_HOME.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# The same examples at every run, and none of them kept in a folder; no deadline, because machines are busy at times.
+settings.register_profile("default", database=None, deadline=None, derandomize=True)
+settings.load_profile("default")
+
+
+def pytest_unconfigure() -> None:
+    _HF_HOME.cleanup()

@@ -121,11 +121,13 @@ TAGGED_TEXT = st.lists(PIECES, max_size=14).map("".join) | st.builds(
 
 @given(TAGGED_TEXT | st.text())
 def test_scores_are_the_notebooks(text):
-    scored = {xmlcount_reward_func: oracle.xmlcount,
-            soft_format_reward_func: oracle.soft_format,
-            strict_format_reward_func: oracle.strict_format,
-            int_reward_func: oracle.int_reward,
-            format_reward_func: oracle.tags,}
+    scored = {
+        xmlcount_reward_func: oracle.xmlcount,
+        soft_format_reward_func: oracle.soft_format,
+        strict_format_reward_func: oracle.strict_format,
+        int_reward_func: oracle.int_reward,
+        format_reward_func: oracle.tags,
+    }
     for reward_func, oracle_func in scored.items():
         (score,) = reward_func(completions=[text])
         assert math.isclose(score, oracle_func(text), abs_tol=1e-12), reward_func.__name__

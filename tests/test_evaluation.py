@@ -1,0 +1,102 @@
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_grpo_ext.embedded_policy import embedded_policy_path
+from trl_grpo_ext.evaluation import evaluate, generate_texts, is_flexibly_correct, is_strictly_correct
+from trl_grpo_ext.tasks import load_arithmetic
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "strict", "flexible"),
+    [
+        ("<answer>\n72\n</answer>", "72", True, True),
+        ("<answer>72.0</answer>", "72", True, True),
+        ("<answer>1080</answer>", "1,080", True, True),
+        ("so it is 72.", "72", False, True),
+        ("<answer>72", "72", False, True),
+        ("72 <answer>x</answer>", "72", False, True),
+        ("<answer>72</answer> of 100", "72", True, False),
+        ("<answer>73</answer>", "72", False, False),
+        ("", "72", False, False),
+    ],
+)
+def test_strict_and_flexible(text, answer, strict, flexible):
+    assert is_strictly_correct(text, answer) is strict
+    assert is_flexibly_correct(text, answer) is flexible
+
+
+@pytest.fixture(scope="module")
+def policy():
+    folder = embedded_policy_path()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
+def test_greedy_texts_do_not_depend_on_the_batch(policy):
+    """Left padding, the order of the batches and the order of the prompts must not show."""
+    model, tokenizer = policy
+    prompts = load_arithmetic("heldout", 12)["prompt"][:]
+    together = generate_texts(model, tokenizer, prompts, max_new_tokens=60, batch_size=12)
+    alone = generate_texts(model, tokenizer, prompts, max_new_tokens=60, batch_size=1)
+    backwards = generate_texts(model, tokenizer, prompts[::-1], max_new_tokens=60, batch_size=5)
+    assert together == alone == backwards[::-1]
+    assert len({text for (text,) in together}) > 6
+    assert generate_texts(model, tokenizer, [], max_new_tokens=60) == []
+
+
+def test_samples_are_grouped_by_prompt(policy):
+    model, tokenizer = policy
+    prompts = load_arithmetic("heldout", 3)["prompt"][:]
+    texts = generate_texts(model, tokenizer, prompts, max_new_tokens=60, temperature=1e-4, num_samples=3, batch_size=6)
+    greedy = generate_texts(model, tokenizer, prompts, max_new_tokens=60)
+    assert texts == [[text] * 3 for (text,) in greedy]  # at almost no temperature, samples are the greedy text
+
+
+def test_the_models_own_generation_defaults_are_not_used():
+    """An instruct model's defaults (top-k 1, say, or a repetition penalty) would turn samples into something else."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts = [[{"role": "user", "content": "hello"}]]
+
+    def sample():
+        torch.manual_seed(0)
+        return generate_texts(model, tokenizer, prompts, max_new_tokens=16, temperature=1.0, num_samples=4)
+
+    plain = sample()
+    for option, value in (("top_k", 1), ("top_p", 0.01), ("repetition_penalty", 5.0), ("temperature", 0.01)):
+        setattr(model.generation_config, option, value)
+    assert sample() == plain
+    assert len(set(plain[0])) == 4
+
+
+def test_evaluation_counts_what_the_policy_writes(policy):
+    model, tokenizer = policy
+    problems = load_arithmetic("heldout", 24)
+    accuracy = evaluate(model, tokenizer, problems, max_new_tokens=60, samples_per_item=2)
+    texts = generate_texts(model, tokenizer, problems["prompt"][:], max_new_tokens=60)
+    right = [
+        f"<answer>\n{answer}\n</answer>" in text for (text,), answer in zip(texts, problems["answer"], strict=True)
+    ]
+    assert accuracy.items == 24
+    assert accuracy.samples_per_item == 2
+    assert accuracy.strict >= sum(right) / 24 > 0  # the policy's other formats can be right too
+    assert 0 < accuracy.sampled < 1
+    assert evaluate(model, tokenizer, problems, max_new_tokens=60, samples_per_item=2) == accuracy
+    assert evaluate(model, tokenizer, problems, max_new_tokens=60, samples_per_item=2, seed=1) != accuracy
+    assert evaluate(model, tokenizer, problems, max_new_tokens=60, samples_per_item=0).sampled is None
+
+
+def test_training_goes_on_as_if_there_had_been_no_evaluation():
+    model, tokenizer = tiny_model().train(), tiny_tokenizer()
+    problems = load_arithmetic("heldout", 2)
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    evaluate(model, tokenizer, problems, max_new_tokens=4)
+    assert torch.equal(torch.rand(3), expected)
+    assert model.training
+
+
+def test_nothing_to_evaluate_on_is_told():
+    with pytest.raises(ValueError, match="no problems to evaluate on"):
+        evaluate(tiny_model(), tiny_tokenizer(), load_arithmetic("heldout", 0), max_new_tokens=4)

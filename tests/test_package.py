@@ -1,0 +1,53 @@
+"""A wheel built from the tree is complete and works away from it."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import trl_grpo_ext
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_wheel(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"trl_grpo_ext/embedded_policy/model.safetensors", "trl_grpo_ext/embedded_policy/tokenizer.json"} <= names
+    assert all(name.startswith(("trl_grpo_ext/", "trl_grpo_ext-")) for name in names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+    installed = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target"]
+    subprocess.run([*pip, str(installed), str(wheel)], check=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(installed)!r})\n"
+        "import trl_grpo_ext\n"
+        f"assert trl_grpo_ext.__file__.startswith({str(installed)!r}), trl_grpo_ext.__file__\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "from trl_grpo_ext.embedded_policy import embedded_policy_path\n"
+        "from trl_grpo_ext.evaluation import evaluate\n"
+        "from trl_grpo_ext.tasks import load_arithmetic\n"
+        "model = AutoModelForCausalLM.from_pretrained(embedded_policy_path())\n"
+        "tokenizer = AutoTokenizer.from_pretrained(embedded_policy_path())\n"
+        "print(evaluate(model, tokenizer, load_arithmetic('heldout', 8), max_new_tokens=64).items)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "8"
+
+
+def test_the_version_is_in_the_changelog():
+    assert re.search(
+        rf"^## {re.escape(trl_grpo_ext.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )

@@ -1,0 +1,226 @@
+"""The recipe, run as a user runs it. What needs only its arguments parsed is called in this process."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny import save_tiny_policy, tiny_tokenizer
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "recipes" / "gsm8k.py"
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("gsm8k_recipe", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def run(*arguments, launcher=(sys.executable,), env=None, timeout=600):
+    return subprocess.run(
+        [*map(str, launcher), str(RECIPE), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **(env or {})},
+    )
+
+
+def small(output_dir, **options):
+    """Arguments of a run that takes seconds."""
+    options = {
+        "output_dir": output_dir,
+        "max_steps": 2,
+        "per_device_train_batch_size": 16,
+        "num_generations": 4,
+        "max_completion_length": 48,
+        "eval_items": 8,
+        "eval_samples": 2,
+        "train_items": 64,
+        **options,
+    }
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_parses(recipe, config, tmp_path):
+    # `use_cpu`: without a GPU, transformers refuses the others' bfloat16
+    recipe_args, training_args, model_args = recipe.parse_arguments(
+        ["--config", str(config), "--use_cpu", "true", "--output_dir", str(tmp_path)]
+    )
+    assert training_args.output_dir == str(tmp_path)
+    assert model_args.model_name_or_path
+    assert recipe_args.bundle in recipe.BUNDLES
+    assert training_args.generation_batch_size % training_args.num_generations == 0
+    assert training_args.beta == 0.0
+
+
+def test_the_default_configuration(recipe):
+    recipe_args, training_args, model_args = recipe.parse_arguments([])
+    assert model_args.model_name_or_path == "embedded"
+    assert recipe_args.dataset_name == "arithmetic"
+    assert training_args.output_dir == "outputs/offline-tiny"
+    assert training_args.use_cpu
+    # what is on the command line goes before the file
+    assert recipe.parse_arguments(["--learning_rate", "0.5"])[1].learning_rate == 0.5
+
+
+def check_summary(output_dir, items=8, steps=2):
+    summary = json.loads((output_dir / "summary.json").read_text())
+    for when in ("before", "after"):
+        accuracy = summary["accuracy"][when]
+        assert accuracy["items"] == items
+        for key in ("strict", "flexible", "sampled"):
+            assert 0.0 <= accuracy[key] <= 1.0
+    assert summary["optimizer_steps"] == steps
+    assert summary["seconds"] > 0
+    assert set(summary["versions"]) >= {"torch", "trl", "transformers", "accelerate", "datasets", "peft", "python"}
+    return summary
+
+
+def test_a_small_run(tmp_path):
+    result = run(*small(tmp_path / "out"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    summary = check_summary(tmp_path / "out")
+    assert summary["model"] == "embedded"
+    assert summary["dataset"] == "arithmetic"
+    assert summary["accuracy_heldout_templates"]["after"]["items"] == 8
+    assert summary["accuracy"]["before"] != summary["accuracy"]["after"] or summary["optimizer_steps"] == 2
+    # a table and not a wall of metrics, which are in a file
+    assert "new numbers, known templates" in result.stdout
+    assert "'rewards/" not in result.stdout
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert "rewards/correctness_reward_func/mean" in history[0]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert "Evaluating before" in result.stderr
+
+
+def test_gsm8k_from_a_file_with_held_out_rows(tmp_path):
+    rows = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(24)]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(
+        *small(tmp_path / "out", dataset_name=file, eval_items=5, bundle="tag", reward_weights="2"), timeout=120
+    )
+    assert result.returncode == 1  # one weight for two rewards
+    result = run(*small(tmp_path / "out", dataset_name=file, eval_items=5, bundle="tag"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    summary = check_summary(tmp_path / "out", items=5)
+    assert "accuracy_heldout_templates" not in summary
+
+
+def test_problems_of_a_file_are_split(recipe, tmp_path):
+    rows = [{"question": f"q{n}", "answer": f"#### {n}"} for n in range(24)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    file = str(tmp_path / "train.jsonl")
+    train, heldout = recipe.load_problems(recipe.RecipeArguments(dataset_name=file, eval_items=4), seed=0)
+    assert train["answer"][:] == [str(n) for n in range(20)]
+    assert heldout["heldout"]["answer"][:] == ["20", "21", "22", "23"]
+    # a folder has a test split
+    train, heldout = recipe.load_problems(recipe.RecipeArguments(dataset_name=str(tmp_path), eval_items=4), seed=0)
+    assert len(train) == 24
+    assert heldout["heldout"]["answer"][:] == ["0", "1", "2"]
+    # and a file can be named
+    arguments = recipe.RecipeArguments(
+        dataset_name=file, eval_dataset_name=str(tmp_path / "test.jsonl"), eval_items=2, train_items=7
+    )
+    train, heldout = recipe.load_problems(arguments, seed=0)
+    assert len(train) == 7
+    assert heldout["heldout"]["answer"][:] == ["0", "1"]
+    with pytest.raises(ValueError, match="has 24 rows, too few to hold out 24"):
+        recipe.load_problems(recipe.RecipeArguments(dataset_name=file, eval_items=24), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--dataset_name", "nowhere/train.jsonl"], 1, "nowhere/train.jsonl does not exist"),
+        (["--dataset_name", "no-such-org/no-such-dataset"], 1, "--dataset_name arithmetic"),
+        (["--dataset_name", "{folder}/bad.jsonl"], 1, "bad.jsonl, line 1: no text in column 'question'"),
+        (["--model_name_or_path", "no-such-org/no-such-model"], 1, "--model_name_or_path embedded"),
+        (["--model_name_or_path", "{folder}/base"], 1, "has no chat template"),
+        (["--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["--config", "{folder}/unknown.yaml"], 2, "no_such_option"),
+        (["--config", "{folder}/broken.yaml"], 2, "broken.yaml"),
+        (["--num_generations", "7"], 2, "must be divisible by num_generations (7)"),
+        (["--eval_items", "0"], 2, "--eval_items must be at least 1, got 0"),
+        (["--resume_from_checkpoint", "latest"], 2, "there is no checkpoint in"),
+        (["--resume_from_checkpoint", "nowhere"], 2, "'nowhere' is no checkpoint"),
+        (["--reward_weights", "1", "2"], 2, "5 rewards"),
+        (["--no_such_option", "1"], 2, "no_such_option"),
+    ],
+)
+def test_errors_are_one_line(recipe, tmp_path, capsys, arguments, status, message):
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "unknown.yaml").write_text("no_such_option: 1\n")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    save_tiny_policy(tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(tmp_path / "base")
+    arguments = [argument.format(folder=tmp_path) for argument in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(["--output_dir", str(tmp_path / "out"), *arguments])
+    assert stopped.value.code == status
+    last_line = capsys.readouterr().err.rstrip("\n").split("\n")[-1]
+    assert "error: " in last_line
+    assert message in last_line
+
+
+@pytest.mark.slow
+def test_resuming_ends_where_the_run_would_have_ended(tmp_path):
+    straight = run(*small(tmp_path / "straight", max_steps=4, save_steps=2))
+    assert straight.returncode == 0, straight.stderr[-3000:]
+    options = {"max_steps": 4, "save_steps": 2, "resume_from_checkpoint": tmp_path / "straight" / "checkpoint-2"}
+    resumed = run(*small(tmp_path / "resumed", **options))
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    straight_summary = check_summary(tmp_path / "straight", steps=4)
+    resumed_summary = check_summary(tmp_path / "resumed", steps=4)
+    assert resumed_summary["accuracy"] == straight_summary["accuracy"]
+    weights = load_file(tmp_path / "straight" / "model.safetensors")
+    for name, weight in load_file(tmp_path / "resumed" / "model.safetensors").items():
+        assert weight.equal(weights[name]), name
+    # 'latest' finds the newest checkpoint; there is nothing left to train
+    latest = run(*small(tmp_path / "straight", max_steps=4, save_steps=2, resume_from_checkpoint="latest"))
+    assert latest.returncode == 0, latest.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """DDP on a CPU. The summary says what it ran on: accelerate runs one process where the type is MULTI_CPU."""
+    (tmp_path / "ddp.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nnum_machines: 1\n"
+        "num_processes: 2\nmachine_rank: 0\nmixed_precision: 'no'\nmain_training_function: main\n"
+    )
+    launch = [Path(sys.executable).with_name("accelerate"), "launch", "--main_process_port", "0"]
+    result = run(*small(tmp_path / "out", eval_items=7), launcher=[*launch, "--config_file", tmp_path / "ddp.yaml"])
+    assert (tmp_path / "out" / "summary.json").is_file(), result.stderr[-3000:]
+    summary = check_summary(tmp_path / "out", items=7)
+    assert summary["processes"] == 2
+
+
+@pytest.mark.slow
+def test_the_demo_learns(tmp_path):
+    """The README's promise: a run with no argument but where to write."""
+    launch = [Path(sys.executable).with_name("accelerate"), "launch"]
+    result = run("--output_dir", tmp_path / "out", "--seed", 1, launcher=launch)
+    assert result.returncode == 0, result.stderr[-3000:]
+    accuracy = json.loads((tmp_path / "out" / "summary.json").read_text())["accuracy"]
+    assert accuracy["before"]["items"] == accuracy["after"]["items"] == 200
+    assert accuracy["before"]["strict"] <= 0.45
+    assert accuracy["before"]["sampled"] <= 0.40
+    assert accuracy["after"]["strict"] >= 0.90
+    assert accuracy["after"]["sampled"] >= 0.80
