@@ -43,11 +43,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# How often a weak student knows the right method, and how often it falls for the misconception. The rest are slips.
-# Kinds not named are mostly solved.
-RIGHT_METHOD, MISCONCEPTION = 0.55, 0.30
+# How often a weak student uses the right method. The rest is the misconception, which is then the more frequent one in
+# the weak kinds: greedy decoding starts with 3 kinds of 8.
 WEAK_KINDS = ("divide", "add_subtract", "multiply_add", "multiply_subtract", "three_steps")
-WEAK_RIGHT_METHOD, WEAK_MISCONCEPTION = 0.36, 0.52
+RIGHT_METHOD, RIGHT_METHOD_IN_WEAK_KINDS = 0.56, 0.30
 STRICT_FORMAT = 0.62
 
 # The messages of a prompt, and what to answer.
@@ -61,8 +60,8 @@ class BuildArguments:
     output_dir: Path = field(default=PACKAGED_POLICY, metadata={"help": "Folder for the model and its tokenizer."})
     seed: int = field(default=0, metadata={"help": "Seed of the data, the initial weights and the order."})
     drill_steps: int = field(default=300, metadata={"help": "Optimizer steps of phase 1."})
-    clean_steps: int = field(default=1600, metadata={"help": "Optimizer steps of phase 2."})
-    imperfect_steps: int = field(default=400, metadata={"help": "Optimizer steps of phase 3."})
+    clean_steps: int = field(default=1700, metadata={"help": "Optimizer steps of phase 2."})
+    imperfect_steps: int = field(default=300, metadata={"help": "Optimizer steps of phase 3."})
     batch_size: int = field(default=32, metadata={"help": "Demonstrations an optimizer step."})
 
 
@@ -132,30 +131,10 @@ def misconception(problem: Problem) -> list[Step]:
     return list(problem.steps[:-1])
 
 
-def slip(problem: Problem, rng: random.Random) -> list[Step]:
-    """The right operations with one number misread."""
-    steps = list(problem.steps)
-    position = rng.randrange(len(steps))
-    step = steps[position]
-    shift = rng.choice((-2, -1, 1, 2))
-    if step.operator == "/":
-        steps[position] = Step((step.value + shift) * step.right, "/", step.right)
-    else:
-        steps[position] = Step(step.left, step.operator, max(1, step.right + shift))
-    for later in range(position + 1, len(steps)):
-        steps[later] = Step(steps[later - 1].value, steps[later].operator, steps[later].right)
-    return steps
-
-
 def weak_student(problem: Problem, rng: random.Random) -> str:
     """A completion as the embedded policy should write it before training."""
-    weak = problem.kind in WEAK_KINDS
-    right = WEAK_RIGHT_METHOD if weak else RIGHT_METHOD
-    wrong = WEAK_MISCONCEPTION if weak else MISCONCEPTION
-    draw = rng.random()
-    steps = list(problem.steps) if draw < right else misconception(problem)
-    if draw > right + wrong:
-        steps = slip(problem, rng)
+    right_method = RIGHT_METHOD_IN_WEAK_KINDS if problem.kind in WEAK_KINDS else RIGHT_METHOD
+    steps = list(problem.steps) if rng.random() < right_method else misconception(problem)
     reasoning = "\n".join(map(str, steps))
     answer = str(steps[-1].value)
     if rng.random() < STRICT_FORMAT:
@@ -176,17 +155,15 @@ def drill(rng: random.Random, equations: int) -> Demonstration:
     """Bare equations: the arithmetic of every problem, held-out ones too, without any problem."""
     steps = []
     for _ in range(equations):
-        operator = rng.choice("+-*/")
+        operator = rng.choice("++--*/")
         if operator == "+":
-            steps.append(Step(rng.randint(2, 99), "+", rng.randint(2, 60)))
+            steps.append(Step(rng.randint(2, 90), "+", rng.randint(2, 20)))
         elif operator == "-":
-            left = rng.randint(4, 109)
-            steps.append(Step(left, "-", rng.randint(1, left - 1)))
-        elif operator == "*":
-            steps.append(Step(rng.randint(2, 12), "*", rng.randint(2, 12)))
+            left = rng.randint(4, 100)
+            steps.append(Step(left, "-", rng.randint(2, min(left - 1, 20))))
         else:
-            right = rng.randint(2, 9)
-            steps.append(Step(right * rng.randint(2, 12), "/", right))
+            left, right = rng.randint(2, 12), rng.randint(2, 9)
+            steps.append(Step(left, "*", right) if operator == "*" else Step(left * right, "/", right))
     question = "\n".join(f"{step.left} {step.operator} {step.right}" for step in steps)
     return to_prompt(question, system_prompt=None), format_solution("\n".join(map(str, steps)), str(steps[-1].value))
 
@@ -277,7 +254,7 @@ def main(args: BuildArguments) -> None:
     for name, make, steps, learning_rate, schedule in (
         ("drills", drill_demonstration, args.drill_steps, 3e-3, "constant_with_warmup"),
         ("clean", clean_demonstration, args.clean_steps, 3e-3, "linear"),
-        ("imperfect", imperfect_demonstration, args.imperfect_steps, 1e-3, "cosine"),
+        ("imperfect", imperfect_demonstration, args.imperfect_steps, 5e-4, "cosine"),
     ):
         demonstrations = tokenize([make(rng) for _ in range(steps * args.batch_size)], tokenizer)
         tokens = sum(map(len, demonstrations["input_ids"]))

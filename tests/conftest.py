@@ -4,7 +4,7 @@ import tempfile
 from hypothesis import settings
 
 
-# No test needs a network: whatever would ask the hub fails at once instead of waiting. Caches go where they are removed.
+# No test needs a network: whatever would ask the hub fails at once. Caches go where they are removed at the end.
 _HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ["HF_HOME"] = _HF_HOME.name
 os.environ["HF_HUB_OFFLINE"] = "1"

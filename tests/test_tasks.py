@@ -162,7 +162,7 @@ def test_arithmetic_splits_share_no_problem():
         rng = random.Random(0)
         numbers = {kind.draw(rng) for _ in range(3000)}
         share = sum(is_heldout(kind.name, combination) for combination in numbers) / len(numbers)
-        assert 0.15 < share < 0.25, kind.name
+        assert 0.12 < share < 0.28, kind.name
 
 
 def test_arithmetic_is_made_from_its_seed():

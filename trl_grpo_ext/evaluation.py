@@ -104,12 +104,10 @@ def generate_texts(
     end_ids = model.generation_config.eos_token_id or []
     end_ids = {*(end_ids if isinstance(end_ids, list) else [end_ids]), tokenizer.eos_token_id} - {None}
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     config = GenerationConfig(
+        **(sampling if temperature > 0 else {"do_sample": False}),
         max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        top_k=0,
-        top_p=1.0,
         repetition_penalty=1.0,
         num_return_sequences=num_samples,
         eos_token_id=sorted(end_ids),

@@ -98,29 +98,40 @@ class Problem:
         return "\n".join(str(step) for step in self.steps)
 
 
+def _draw_add(rng: random.Random) -> tuple[int, ...]:
+    return rng.randint(6, 40), rng.randint(3, 20)
+
+
 def _draw_subtract(rng: random.Random) -> tuple[int, ...]:
-    a = rng.randint(21, 99)
-    return a, rng.randint(5, a - 5)
+    a = rng.randint(12, 60)
+    return a, rng.randint(3, min(a - 3, 20))
+
+
+def _draw_multiply(rng: random.Random) -> tuple[int, ...]:
+    return rng.randint(2, 12), rng.randint(2, 9)
 
 
 def _draw_divide(rng: random.Random) -> tuple[int, ...]:
-    b = rng.randint(2, 9)
-    return b * rng.randint(3, 12), b
+    quotient, divisor = _draw_multiply(rng)
+    return quotient * divisor, divisor
 
 
 def _draw_add_subtract(rng: random.Random) -> tuple[int, ...]:
-    a, b = rng.randint(11, 60), rng.randint(4, 39)
-    return a, b, rng.randint(3, min(a + b - 3, 60))
+    a, b = _draw_add(rng)
+    return a, b, rng.randint(2, min(a + b - 2, 20))
+
+
+def _draw_multiply_add(rng: random.Random) -> tuple[int, ...]:
+    return rng.randint(2, 9), rng.randint(2, 9), rng.randint(3, 20)
 
 
 def _draw_multiply_subtract(rng: random.Random) -> tuple[int, ...]:
-    a, b = rng.randint(3, 9), rng.randint(3, 9)
-    return a, b, rng.randint(2, a * b - 2)
+    a, b = rng.randint(2, 9), rng.randint(3, 9)
+    return a, b, rng.randint(2, min(a * b - 2, 20))
 
 
 def _draw_three_steps(rng: random.Random) -> tuple[int, ...]:
-    a, b = rng.randint(3, 9), rng.randint(3, 9)
-    return a, b, rng.randint(2, min(a * b - 2, 30)), rng.randint(3, 30)
+    return *_draw_multiply_subtract(rng), rng.randint(2, 20)
 
 
 def _two_steps(first: Step, operator: Literal["+", "-", "*", "/"], right: int) -> list[Step]:
@@ -130,7 +141,7 @@ def _two_steps(first: Step, operator: Literal["+", "-", "*", "/"], right: int) -
 KINDS = (
     Kind(
         "add",
-        lambda rng: (rng.randint(11, 60), rng.randint(4, 39)),
+        _draw_add,
         lambda a, b: [Step(a, "+", b)],
         (
             "{name} has {a} {item} and finds {b} more. How many {item} does {name} have now?",
@@ -154,7 +165,7 @@ KINDS = (
     ),
     Kind(
         "multiply",
-        lambda rng: (rng.randint(3, 12), rng.randint(3, 12)),
+        _draw_multiply,
         lambda a, b: [Step(a, "*", b)],
         (
             "{name} fills {a} boxes with {b} {item} each. How many {item} are in the boxes?",
@@ -190,7 +201,7 @@ KINDS = (
     ),
     Kind(
         "multiply_add",
-        lambda rng: (rng.randint(3, 9), rng.randint(3, 9), rng.randint(3, 19)),
+        _draw_multiply_add,
         lambda a, b, c: _two_steps(Step(a, "*", b), "+", c),
         (
             "{name} has {a} bags of {b} {item} and {c} loose {item}. How many {item} does {name} have?",
