@@ -14,12 +14,7 @@ import json
 import os
 import sys
 import time
-
-
-# Read when torch is loaded. Waiting threads sleep instead of spinning: on a busy machine spinning costs far more than
-# waking up.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
+import warnings
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +38,9 @@ from trl_grpo_ext.tasks import load_arithmetic, load_gsm8k
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "offline-tiny.yaml"
 BUNDLES = {"gsm8k": gsm8k_bundle, "tag": tag_bundle}
 ARITHMETIC = "arithmetic"
+
+# TRL and transformers still use the old name between themselves; there is nothing that a user could change.
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
 
 
 @dataclass
@@ -261,7 +259,7 @@ def main(argv: list[str]) -> None:
                 tokenizer,
                 problems,
                 max_new_tokens=training_args.max_completion_length,
-                samples_per_item=recipe_args.eval_samples,
+                samples_per_item=recipe_args.eval_samples if name == "heldout" else 0,
                 batch_size=recipe_args.eval_batch_size,
                 seed=training_args.seed,
                 accelerator=trainer.accelerator,

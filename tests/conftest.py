@@ -9,7 +9,6 @@ _HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ["HF_HOME"] = _HF_HOME.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # The same examples at every run, and none of them kept in a folder; no deadline, because machines are busy at times.
 settings.register_profile("default", database=None, deadline=None, derandomize=True)

@@ -113,7 +113,8 @@ def test_gsm8k_from_a_file_with_held_out_rows(tmp_path):
     result = run(
         *small(tmp_path / "out", dataset_name=file, eval_items=5, bundle="tag", reward_weights="2"), timeout=120
     )
-    assert result.returncode == 1  # one weight for two rewards
+    assert result.returncode == 2
+    assert "--reward_weights: got 1 for 2 rewards" in result.stderr
     result = run(*small(tmp_path / "out", dataset_name=file, eval_items=5, bundle="tag"))
     assert result.returncode == 0, result.stderr[-3000:]
     summary = check_summary(tmp_path / "out", items=5)
@@ -164,7 +165,7 @@ def test_problems_of_a_file_are_split(recipe, tmp_path):
 )
 def test_errors_are_one_line(recipe, tmp_path, capsys, arguments, status, message):
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
-    (tmp_path / "unknown.yaml").write_text("no_such_option: 1\n")
+    (tmp_path / "unknown.yaml").write_text("use_cpu: true\nbf16: false\nno_such_option: 1\n")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     save_tiny_policy(tmp_path / "base")
     tokenizer = tiny_tokenizer()

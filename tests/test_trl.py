@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from tiny import save_tiny_policy, tiny_model, tiny_tokenizer
-from transformers import AutoModelForSequenceClassification, Qwen2Config
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, Qwen2Config
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext.rewards import RewardBundle, exact_correctness_reward_func, gsm8k_bundle
@@ -95,6 +95,7 @@ def test_bundle_with_a_reward_model(tmp_path):
     assert "rewards/reward-model/mean" in trainer.state.log_history[0]
     assert without_model == gsm8k_bundle()
     assert bundle.names[-1] == "reward-model"
+    assert isinstance(trainer.reward_funcs[-1], PreTrainedModel)
     assert bundle.copy()[-1] == str(folder)
     assert bundle.select("reward-model")[0] == str(folder)
     assert (bundle + []).names == bundle.names

@@ -43,8 +43,8 @@ class RewardBundle(list):
 
     A bundle does not change. `+`, [`~RewardBundle.with_weights`] and [`~RewardBundle.select`] return new ones, and
     what would change a list in place raises `TypeError`. One write is let through because TRL cannot do without it:
-    the trainer puts the loaded model where the id of a reward model stood. That model is kept in the list alone;
-    names, weights and every bundle made from this one still go by the id.
+    the trainer puts the loaded model where the id of a reward model stood. That model is kept in the list alone (and
+    in the list of a sum); names, weights, comparisons, copies and selections still go by the id.
 
     Args:
         reward_funcs (`Iterable`, *optional*):
@@ -153,7 +153,11 @@ class RewardBundle(list):
         if not isinstance(other, list | tuple):
             return NotImplemented
         other = other if isinstance(other, RewardBundle) else RewardBundle(other)
-        return RewardBundle(self._declared + other._declared, self._weights + other._weights)
+        total = RewardBundle(self._declared + other._declared, self._weights + other._weights)
+        # The trainer goes through the sum of its rewards and its tools: the models it has loaded must be in there.
+        for index, reward_func in enumerate([*self, *other]):
+            list.__setitem__(total, index, reward_func)
+        return total
 
     def __radd__(self, other: Iterable[RewardFunction]) -> "RewardBundle":
         if not isinstance(other, list | tuple):
