@@ -67,6 +67,13 @@ class RecipeArguments:
     eval_items: int = field(default=200, metadata={"help": "Number of held-out problems that are evaluated."})
     eval_samples: int = field(default=4, metadata={"help": "Samples for each problem (0: greedy decoding only)."})
     eval_batch_size: int = field(default=64, metadata={"help": "Completions an evaluation generates at once."})
+    prompt_example: bool = field(
+        default=False,
+        metadata={
+            "help": "Show a worked example before each GSM8K question, for models that never write the tags by "
+            "themselves and so are never rewarded."
+        },
+    )
     bundle: str = field(default="gsm8k", metadata={"help": "The rewards to train on.", "choices": sorted(BUNDLES)})
     cpu_threads: int | None = field(
         default=None, metadata={"help": "Threads of each process on a CPU. Default: the cores, shared out."}
@@ -124,16 +131,16 @@ def load_problems(args: RecipeArguments, seed: int) -> tuple[Dataset, dict[str, 
             "heldout": load_arithmetic("heldout", args.eval_items, seed),
             "heldout_templates": load_arithmetic("heldout_templates", args.eval_items, seed),
         }
-    train = load_gsm8k(args.dataset_name, "train")
+    train = load_gsm8k(args.dataset_name, "train", with_example=args.prompt_example)
     if args.eval_dataset_name is not None:
-        heldout = load_gsm8k(args.eval_dataset_name, "test")
+        heldout = load_gsm8k(args.eval_dataset_name, "test", with_example=args.prompt_example)
     elif Path(args.dataset_name).is_file():
         if len(train) <= args.eval_items:
             raise ValueError(f"{args.dataset_name} has {len(train)} rows, too few to hold out {args.eval_items}")
         heldout = train.select(range(len(train) - args.eval_items, len(train)))
         train = train.select(range(len(train) - args.eval_items))
     else:
-        heldout = load_gsm8k(args.dataset_name, "test")
+        heldout = load_gsm8k(args.dataset_name, "test", with_example=args.prompt_example)
     if args.train_items is not None:
         train = train.select(range(min(args.train_items, len(train))))
     return train, {"heldout": heldout.select(range(min(args.eval_items, len(heldout))))}
@@ -291,6 +298,7 @@ def main(argv: list[str]) -> None:
         }
         (Path(training_args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print_summary(summary)
+    trainer.accelerator.wait_for_everyone()  # a process that is gone early can leave another one waiting
     trainer.end()
 
 

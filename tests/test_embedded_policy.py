@@ -69,8 +69,9 @@ def test_it_starts_where_it_should(model, seed):
     accuracy = evaluate(model, TOKENIZER, problems, max_new_tokens=96, batch_size=200, seed=seed)
     assert 0.25 <= accuracy.strict <= 0.45
     assert 0.20 <= accuracy.sampled <= 0.40
+    torch.manual_seed(seed)
     samples = generate_texts(
-        model, TOKENIZER, problems["prompt"][:], max_new_tokens=96, temperature=1.0, batch_size=200
+        model, TOKENIZER, problems["prompt"][:], max_new_tokens=96, temperature=1.0, num_samples=4, batch_size=200
     )
-    scores = strict_format_reward_func(completions=[text for (text,) in samples])
-    assert 0.50 <= sum(score > 0 for score in scores) / len(scores) <= 0.72
+    scores = strict_format_reward_func(completions=[text for texts in samples for text in texts])
+    assert 0.45 <= sum(score > 0 for score in scores) / len(scores) <= 0.65

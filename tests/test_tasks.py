@@ -69,6 +69,17 @@ def test_gsm8k_takes_the_right_split_and_all_shards(tmp_path):
         load_gsm8k(str(tmp_path), "validation")
 
 
+def test_gsm8k_with_an_example(tmp_path):
+    """A question that is answered as it should be comes first: its answer gets full marks."""
+    row = load_gsm8k(str(write_jsonl(tmp_path / "train.jsonl")), with_example=True)[0]
+    assert [message["role"] for message in row["prompt"]] == ["system", "user", "assistant", "user"]
+    assert row["prompt"][-1]["content"] == "How many?"
+    example = row["prompt"][2]["content"]
+    scores = {reward.__name__: reward(completions=[example], answer=["35"])[0] for reward in gsm8k_bundle()}
+    assert scores["strict_format_reward_func"] == scores["soft_format_reward_func"] == 0.5
+    assert scores["correctness_reward_func"] == 2.0
+
+
 def test_gsm8k_without_system_prompt(tmp_path):
     dataset = load_gsm8k(str(write_jsonl(tmp_path / "some.jsonl")), system_prompt=None)
     assert dataset["prompt"][0] == [{"role": "user", "content": "How many?"}]

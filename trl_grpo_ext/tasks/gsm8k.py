@@ -25,6 +25,7 @@ def load_gsm8k(
     split: str = "train",
     config: str = "main",
     system_prompt: str | None = SYSTEM_PROMPT,
+    with_example: bool = False,
 ) -> "Dataset":
     """Load GSM8K, from the hub or from a copy on disk.
 
@@ -38,6 +39,8 @@ def load_gsm8k(
             Configuration on the hub; in a folder, the subfolder of that name is preferred.
         system_prompt (`str`, *optional*):
             System message before each question; `None` leaves it out.
+        with_example (`bool`, *optional*, defaults to `False`):
+            Put a question with its answer in the right format before each, for models that do not find it themselves.
 
     Returns:
         `datasets.Dataset`:
@@ -58,7 +61,7 @@ def load_gsm8k(
     else:
         hub_rows = load_dataset(name_or_path, config, split=split)
         rows = [(f"{name_or_path} ({split}), row {index}", row) for index, row in enumerate(hub_rows)]
-    return Dataset.from_list([_to_columns(place, row, system_prompt) for place, row in rows])
+    return Dataset.from_list([_to_columns(place, row, system_prompt, with_example) for place, row in rows])
 
 
 def _files_of_split(folder: Path, split: str, config: str) -> list[Path]:
@@ -104,7 +107,7 @@ def _decoded(lines: Iterable[str], file: Path) -> Iterator[str]:
         raise ValueError(f"{file}: not a text in UTF-8 ({error})") from None
 
 
-def _to_columns(place: str, row: dict[str, Any], system_prompt: str | None) -> dict[str, Any]:
+def _to_columns(place: str, row: dict[str, Any], system_prompt: str | None, with_example: bool) -> dict[str, Any]:
     for column in ("question", "answer"):
         if not isinstance(row.get(column), str):
             raise ValueError(
@@ -115,7 +118,7 @@ def _to_columns(place: str, row: dict[str, Any], system_prompt: str | None) -> d
         raise ValueError(f"{place}: the answer has no '#### ' followed by the final answer")
     reasoning = CALCULATOR_ANNOTATION.sub("", row["answer"].rpartition("#### ")[0]).strip()
     return {
-        "prompt": to_prompt(row["question"], system_prompt),
+        "prompt": to_prompt(row["question"], system_prompt, with_example),
         "answer": answer,
         "solution": format_solution(reasoning, answer),
     }

@@ -10,12 +10,31 @@ SYSTEM_PROMPT = """Respond in the following format:
 </answer>"""
 
 
-def to_prompt(question: str, system_prompt: str | None = SYSTEM_PROMPT) -> list[dict[str, str]]:
-    """A question as the messages of a conversational prompt."""
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": question}]
+def to_prompt(
+    question: str, system_prompt: str | None = SYSTEM_PROMPT, with_example: bool = False
+) -> list[dict[str, str]]:
+    """A question as the messages of a conversational prompt, after one that is answered as it should be if asked for.
+
+    A small model that never writes the tags by itself is never rewarded and never learns; the example gets it started.
+    """
+    messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    if with_example:
+        messages += [
+            {"role": "user", "content": EXAMPLE_QUESTION},
+            {"role": "assistant", "content": EXAMPLE_SOLUTION},
+        ]
+    return [*messages, {"role": "user", "content": question}]
 
 
 def format_solution(reasoning: str, answer: str) -> str:
     """A completion in exactly the format that `SYSTEM_PROMPT` asks for."""
     return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
+
+
+EXAMPLE_QUESTION = (
+    "A baker fills 6 trays with 15 rolls each. 20 of the rolls are sold before noon and 35 after it. "
+    "How many rolls are left?"
+)
+EXAMPLE_SOLUTION = format_solution(
+    "The baker makes 6 * 15 = 90 rolls.\n20 + 35 = 55 of them are sold.\n90 - 55 = 35 rolls are left.", "35"
+)
