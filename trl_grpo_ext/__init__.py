@@ -1,9 +1,35 @@
-"""An extension layer on TRL's `GRPOTrainer`. Importing this package imports no torch; its parts are imported by name.
+"""An extension layer on TRL's `GRPOTrainer`.
 
 - [`trl_grpo_ext.rewards`]: reward functions and bundles, usable in any TRL pipeline;
+- [`MultiIterationMixin`], [`GRPOExtTrainer`], [`GRPOExtConfig`]: several passes over one batch of rollouts;
+- [`trl_grpo_ext.objective`]: the clipped objective as pure functions;
 - [`trl_grpo_ext.tasks`]: GSM8K, and word problems made from a seed;
 - [`trl_grpo_ext.evaluation`]: strict, flexible and sampled accuracy;
 - [`trl_grpo_ext.embedded_policy`]: a tiny policy for runs without a hub.
+
+Importing this package imports no torch; the trainer's names are looked up when they are first used.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .config import GRPOExtConfig
+    from .iterations import MultiIterationMixin
+    from .trainer import GRPOExtTrainer
+
 __version__ = "0.1.0"
+__all__ = ["GRPOExtConfig", "GRPOExtTrainer", "MultiIterationMixin"]
+
+_MODULES = {"GRPOExtConfig": "config", "GRPOExtTrainer": "trainer", "MultiIterationMixin": "iterations"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,135 @@
+"""Training on rollouts that are made up beforehand: generation costs nothing, and two trainers see the same rows."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from tiny import tiny_tokenizer
+from transformers import TrainerCallback
+from trl import GRPOConfig
+
+
+NUM_GENERATIONS = 4
+ROWS = 8  # of a micro-batch
+MAX_COMPLETION_LENGTH = 12
+
+
+class CannedRollouts:
+    """A `rollout_func`: random tokens, drawn as a sampler draws them, from torch's generator."""
+
+    def __init__(self, tool_masks: bool = False) -> None:
+        self.tool_masks = tool_masks
+        self.num_calls = 0
+
+    def __call__(self, prompts, trainer):
+        self.num_calls += 1
+        numbers = random.Random(f"{torch.randint(2**62, ()).item()} {trainer.accelerator.process_index}")
+        tokenizer = trainer.processing_class
+        completion_ids = []
+        for _ in prompts:
+            length = numbers.randint(1, MAX_COMPLETION_LENGTH)
+            ids = [numbers.randrange(65, 91) for _ in range(length)]
+            if length < MAX_COMPLETION_LENGTH or numbers.random() < 0.5:
+                ids[-1] = tokenizer.eos_token_id
+            completion_ids.append(ids)
+        output = {
+            "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
+            "completion_ids": completion_ids,
+            "logprobs": None,
+        }
+        if self.tool_masks:
+            output["env_mask"] = [[int(i % 3 != 1) for i in range(len(ids))] for ids in completion_ids]
+        return output
+
+
+def canned_reward(prompts, completion_ids, **kwargs):
+    return [
+        1.0 if prompt.startswith("dead") else float(sum(ids) % 5)
+        for prompt, ids in zip(prompts, completion_ids, strict=True)
+    ]
+
+
+def canned_prompts(num_prompts: int = 64) -> Dataset:
+    kinds = ("dead", "live", "also live, and longer")
+    return Dataset.from_dict({"prompt": [f"{kinds[n % 3]} {n}" for n in range(num_prompts)]})
+
+
+def canned_config(output_dir, config_class=GRPOConfig, **options):
+    """fp32, and plain SGD without a gradient clip, which hides no wrong scale."""
+    return config_class(
+        **{
+            "output_dir": str(output_dir),
+            "max_steps": 4,
+            "per_device_train_batch_size": ROWS,
+            "num_generations": NUM_GENERATIONS,
+            "max_completion_length": MAX_COMPLETION_LENGTH,
+            "optim": "sgd",
+            "learning_rate": 0.2,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 1e9,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            **options,
+        }
+    )
+
+
+@dataclass
+class Run:
+    """What a training run left behind."""
+
+    trainer: object
+    weights: dict[str, torch.Tensor]
+    log: list[dict[str, float]]
+    forwards: list[tuple[int, bool]]  # of each forward through the policy: rows, and whether it is for the gradient
+    exact_grad_norms: list[float]
+
+    def metric(self, name: str) -> list[float]:
+        return [entry[name] for entry in self.log if entry.get(name) is not None]
+
+
+class ExactGradNorms(TrainerCallback):
+    """The norm of the gradient at each optimizer step, in double precision."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
+        self.values.append(torch.stack(squares).sum().sqrt().item())
+
+
+def train_canned(trainer_class, args, model, *, tool_masks=False, resume=None, callbacks=(), **options) -> Run:
+    """Train the checkpoint `model`, from the checkpoint `resume` if there is one."""
+    forwards: list[tuple[int, bool]] = []
+    norms = ExactGradNorms()
+    trainer = trainer_class(
+        model=model,
+        reward_funcs=canned_reward,
+        args=args,
+        train_dataset=canned_prompts(),
+        processing_class=tiny_tokenizer(),
+        rollout_func=CannedRollouts(tool_masks),
+        callbacks=[norms, *callbacks],
+        **options,
+    )
+    trainer.model.register_forward_pre_hook(
+        lambda module, positional, named: forwards.append((len(named["input_ids"]), torch.is_grad_enabled())),
+        with_kwargs=True,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    weights = {name: weight.detach().clone() for name, weight in trainer.model.state_dict().items()}
+    return Run(trainer, weights, trainer.state.log_history, forwards, norms.values)
+
+
+def relative_difference(weights, other, start) -> float:
+    """Distance of two sets of weights relative to how far training has moved them."""
+    distance = sum((weights[name] - other[name]).double().square().sum() for name in weights)
+    moved = sum((weights[name] - start[name]).double().square().sum() for name in weights)
+    return (distance / moved).sqrt().item()

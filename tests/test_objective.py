@@ -1,0 +1,180 @@
+"""The objective against the textbook's numbers, and against loops over single tokens."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from oracle import grpo_objective
+
+from trl_grpo_ext.objective import (
+    ClippedObjective,
+    aggregate,
+    clipped_surrogate,
+    gradient_coefficient,
+    group_advantages,
+    importance_ratio,
+    k3_kl,
+)
+
+
+REWARDS = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+
+
+def random_inputs(rows, columns, seed=0, spread=0.6):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    lengths = torch.randint(0, columns + 1, (rows,), generator=generator)
+    lengths[0] = columns
+    mask = (torch.arange(columns) < lengths.unsqueeze(1)).long()
+    old = -random(rows, columns).abs()
+    logps = (old + spread * random(rows, columns)).requires_grad_()
+    return logps, old, old + spread * random(rows, columns), random(rows), mask
+
+
+def test_textbook_advantages():
+    advantages = group_advantages(torch.tensor(REWARDS), 8, std_epsilon=0.0)
+    assert torch.tensor(REWARDS).std().item() == pytest.approx(0.5345, abs=5e-5)
+    assert advantages.tolist() == pytest.approx([0.9354 if reward else -0.9354 for reward in REWARDS], abs=5e-5)
+    without_division = group_advantages(torch.tensor([1.0, 0.0, 2.0]), 3, scale=False)
+    assert without_division.tolist() == [0.0, -1.0, 1.0]
+    # two groups do not know of each other, and one whose rewards are equal has no signal
+    two = group_advantages(torch.tensor([1.0, 0.0, 7.0, 7.0]), 2)
+    assert two.tolist() == pytest.approx([0.7070, -0.7070, 0.0, 0.0], abs=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "num_generations"), [((6,), 4), ((4,), 1), ((2, 2), 2)])
+def test_advantages_of_no_groups(shape, num_generations):
+    with pytest.raises(ValueError, match="must be of shape"):
+        group_advantages(torch.zeros(shape), num_generations)
+
+
+def test_textbook_ratio():
+    logps, old, mask = torch.tensor([[0.7]]).log(), torch.tensor([[0.5]]).log(), torch.ones(1, 1)
+    ratio = importance_ratio(logps, old, mask)
+    assert ratio.item() == pytest.approx(1.4)
+    assert clipped_surrogate(ratio, torch.tensor([[1.0]]), 0.2, 0.2).item() == pytest.approx(1.2)
+    assert clipped_surrogate(ratio, torch.tensor([[-1.0]]), 0.2, 0.2).item() == pytest.approx(-1.4)  # pessimistic
+    assert clipped_surrogate(ratio, torch.tensor([[-1.0]]), 0.2, 0.2, delta=1.3).item() == pytest.approx(-1.3)
+
+
+def test_sequence_ratio_is_the_geometric_mean():
+    ratio = importance_ratio(
+        torch.tensor([[2.0, 8.0, 99.0]]).log(), torch.zeros(1, 3), torch.tensor([[1, 1, 0]]), "sequence"
+    )
+    assert ratio.tolist() == [[pytest.approx(4.0)]]
+    with pytest.raises(ValueError, match="must be 'token' or 'sequence', got 'word'"):
+        importance_ratio(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), "word")
+
+
+def test_k3():
+    assert k3_kl(torch.tensor([0.5]).log(), torch.tensor([0.25]).log()).item() == pytest.approx(0.5 + math.log(2) - 1)
+    # unbiased: its mean under the policy is the KL
+    policy, reference = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.2, 0.5, 0.3])
+    kl = (policy * (policy / reference).log()).sum()
+    assert (policy * k3_kl(policy.log(), reference.log())).sum().item() == pytest.approx(kl.item(), rel=1e-5)
+    assert (k3_kl(torch.randn(100), torch.randn(100)) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "level", "beta", "correct_kl", "delta"),
+    list(
+        itertools.product(
+            ("grpo", "bnpo", "dr_grpo", "dapo"), ("token", "sequence"), (0.0, 0.04), (False, True), (None, 1.35)
+        )
+    ),
+)
+@pytest.mark.parametrize(("rows", "columns"), [(5, 7), (1, 1), (3, 1)])
+def test_against_loops(rows, columns, loss_type, level, beta, correct_kl, delta):
+    settings = {"epsilon_low": 0.2, "epsilon_high": 0.3, "delta": delta, "beta": beta, "correct_kl": correct_kl}
+    for seed in range(3):
+        logps, old, reference, advantages, mask = random_inputs(rows, columns, seed)
+        objective = ClippedObjective(**settings, level=level, loss_type=loss_type, max_completion_length=columns + 2)
+        output = objective(logps, old, advantages, mask, reference, num_tokens=11.0 if loss_type == "dapo" else None)
+        (gradient,) = torch.autograd.grad(output.loss, logps)
+        expected = grpo_objective(
+            logps,
+            old,
+            reference,
+            advantages,
+            mask,
+            **settings,
+            level=level,
+            loss_type=loss_type,
+            max_completion_length=columns + 2,
+            num_tokens=11.0,
+        )
+        (expected_gradient,) = torch.autograd.grad(expected, logps)
+        assert output.loss.item() == pytest.approx(expected.item(), rel=1e-10, abs=1e-14)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-14)
+
+
+def test_first_pass():
+    """Ratio 1: the loss of a normalized group is beta times the KL, and the gradient is not 0."""
+    logps, _, reference, _, _ = random_inputs(8, 4)
+    mask = torch.ones(8, 4, dtype=torch.long)
+    advantages = group_advantages(torch.tensor(REWARDS, dtype=torch.float64), 8)
+    output = ClippedObjective(0.2, 0.2, beta=0.04)(logps, logps.detach(), advantages, mask, reference)
+    assert output.loss.item() == pytest.approx(0.04 * k3_kl(logps, reference).mean().item())
+    assert output.metrics["clip_ratio/region_mean"].item() == 0.0
+    (gradient,) = torch.autograd.grad(output.loss, logps)
+    coefficient = advantages.unsqueeze(1) + 0.04 * (torch.exp(reference - logps.detach()) - 1)
+    torch.testing.assert_close(-gradient * mask.numel(), coefficient)
+
+
+@pytest.mark.parametrize("delta", [None, 1.35])
+@pytest.mark.parametrize("correct_kl", [False, True])
+def test_gradient_coefficient_is_the_gradient(delta, correct_kl):
+    logps, old, reference, advantages, _ = random_inputs(6, 9)
+    mask = torch.ones(6, 9, dtype=torch.long)
+    objective = ClippedObjective(0.2, 0.3, delta=delta, beta=0.04, correct_kl=correct_kl, loss_type="bnpo")
+    (gradient,) = torch.autograd.grad(objective(logps, old, advantages, mask, reference).loss, logps)
+    coefficient = gradient_coefficient(
+        importance_ratio(logps, old, mask).detach(),
+        advantages.unsqueeze(1),
+        0.2,
+        0.3,
+        delta,
+        beta=0.04,
+        correct_kl=correct_kl,
+        per_token_logps=logps.detach(),
+        ref_per_token_logps=reference,
+    )
+    torch.testing.assert_close(-gradient * mask.numel(), coefficient)
+    assert (coefficient == 0).sum() == 0  # the KL's part is never off
+    with pytest.raises(ValueError, match="are needed"):
+        gradient_coefficient(torch.ones(1, 1), torch.ones(1, 1), 0.2, 0.2, beta=0.1)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_aggregate(loss_type):
+    loss, mask = torch.rand(4, 6), (torch.rand(4, 6) < 0.7).long()
+    options = {"num_rows": 4, "num_tokens": 20.0, "max_completion_length": 6}
+    whole = aggregate(loss, mask, loss_type, **options)
+    # 1 x 4 rows are 4 x 1 rows
+    parts = [aggregate(loss[i : i + 1], mask[i : i + 1], loss_type, **options) for i in range(4)]
+    torch.testing.assert_close(sum(parts), whole)
+    # twice the normalizer, half the loss
+    twice = {"num_rows": 8, "num_tokens": 40.0, "max_completion_length": 6}
+    torch.testing.assert_close(aggregate(loss, mask, loss_type, **twice) * 2, whole)
+    # no token: a zero with a backward
+    loss.requires_grad_()
+    nothing = aggregate(loss, torch.zeros_like(mask), loss_type, **options)
+    nothing.backward()
+    assert nothing.item() == 0.0
+    assert not loss.grad.any()
+
+
+def test_what_is_missing_is_named():
+    tensors = (torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), torch.ones(1, 1))
+    with pytest.raises(ValueError, match="'dr_grpo' needs max_completion_length"):
+        ClippedObjective(0.2, 0.2, loss_type="dr_grpo")(*tensors)
+    with pytest.raises(ValueError, match="'dapo' needs num_tokens"):
+        ClippedObjective(0.2, 0.2, loss_type="dapo")(*tensors)
+    with pytest.raises(ValueError, match="must be one of grpo, bnpo, dr_grpo, dapo, got 'ppo'"):
+        ClippedObjective(0.2, 0.2, loss_type="ppo")(*tensors)
+    with pytest.raises(ValueError, match=r"beta=0.1 needs ref_per_token_logps"):
+        ClippedObjective(0.2, 0.2, beta=0.1)(*tensors)

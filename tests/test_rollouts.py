@@ -1,0 +1,339 @@
+"""The rows of a generation batch: where they go, and that a checkpoint keeps them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from canned import canned_config, train_canned
+from peft import LoraConfig
+from safetensors.torch import load_file
+from tiny import save_tiny_policy
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_grpo_ext.config import GRPOExtConfig
+from trl_grpo_ext.rollouts import FOLDER, RolloutBuffer, RolloutError, carries_gradient
+from trl_grpo_ext.trainer import GRPOExtTrainer
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return save_tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+def micro_batches(advantages, lengths=None, columns=5, rows=2):
+    """Rows that know their number: row i of the batch has completion ids i."""
+    batches = []
+    for start in range(0, len(advantages), rows):
+        numbers = torch.arange(start, start + rows).unsqueeze(1)
+        length = torch.tensor([columns if lengths is None else lengths[n] for n in range(start, start + rows)])
+        batches.append(
+            {
+                "prompt_ids": numbers.repeat(1, 3),
+                "prompt_mask": torch.ones(rows, 3, dtype=torch.long),
+                "completion_ids": numbers.repeat(1, columns),
+                "completion_mask": (torch.arange(columns) < length.unsqueeze(1)).long(),
+                "advantages": torch.tensor(advantages[start : start + rows]),
+                "num_items_in_batch": torch.tensor(17),
+            }
+        )
+    return batches
+
+
+def rows_of(buffer):
+    return [micro_batch["completion_ids"][:, 0].tolist() for micro_batch in buffer]
+
+
+@pytest.mark.parametrize(
+    ("advantages", "window", "expected"),
+    [
+        ([1.0, 0, 0, -1, 2, 1, 0, 1], 4, [[0, 3], [4], [5], [7]]),
+        ([1.0, 0, 0, -1, 2, 1, 0, 1], 2, [[0], [3], [4, 5], [7]]),  # a row stays in its optimizer step
+        ([1.0, 1, 1, 1, 1, 1, 1, 1], 4, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ([0.0, 0, 0, 5], 2, [[3], [0]]),
+        ([0.0, 0, 0, 0], 1, [[0], [2]]),
+    ],
+)
+def test_rows_without_a_gradient(advantages, window, expected):
+    buffer = RolloutBuffer(micro_batches(advantages))
+    buffer.skip_rows_without_gradient(window)
+    assert rows_of(buffer) == expected
+    assert buffer.num_skipped == sum(advantage == 0 for advantage in advantages)
+    live = {row for row, advantage in enumerate(advantages) if advantage}
+    for micro_batch in buffer:
+        assert micro_batch["num_items_in_batch"] == 17
+        row = micro_batch["completion_ids"][0, 0].item()
+        if row not in live:  # a placeholder
+            assert micro_batch["completion_ids"].shape == micro_batch["prompt_ids"].shape == (1, 1)
+            assert not micro_batch["completion_mask"].any()
+            assert micro_batch["prompt_mask"].all()
+        assert not carries_gradient(micro_batch).all() or row in live
+
+
+def test_rows_without_a_token_have_no_gradient():
+    (batch,) = micro_batches([1.0, 1.0], lengths=[3, 0])
+    assert carries_gradient(batch).tolist() == [True, False]
+    batch["tool_mask"] = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])
+    assert carries_gradient(batch).tolist() == [False, False]
+    batch["advantages"] = torch.tensor([[0.0, 0, 0, 1, 1], [1.0, 1, 1, 1, 1]])  # one for each token
+    batch["tool_mask"] = torch.ones(2, 5)
+    assert carries_gradient(batch).tolist() == [False, False]
+
+
+def test_trimming_and_old_logps():
+    buffer = RolloutBuffer(micro_batches([1.0, 1, 1, 1], lengths=[3, 1, 5, 5]))
+    assert buffer.trimmed(0)["completion_ids"].shape == (2, 3)
+    assert buffer.trimmed(0)["prompt_ids"].shape == (2, 3)
+    assert buffer.trimmed(1)["completion_ids"].shape == (2, 5)
+    assert buffer.needs_old_logps(0)
+    buffer.set_old_logps(0, torch.full((2, 3), -2.0))
+    assert not buffer.needs_old_logps(0)
+    assert buffer[0]["old_per_token_logps"].tolist() == [[-2.0, -2.0, -2.0, 0.0, 0.0]] * 2
+    assert buffer.trimmed(0)["old_per_token_logps"].shape == (2, 3)
+
+
+def test_iterations_and_distances():
+    buffer = RolloutBuffer(micro_batches([1.0] * 6), start_step=12)  # three micro-batches
+    assert [buffer.iteration(step) for step in range(12, 19)] == [1, 1, 1, 2, 2, 2, 3]
+    assert [buffer.micro_batches_until(index) for index in range(3)] == [0, 1, 2]
+    late = RolloutBuffer(micro_batches([1.0] * 6), start_step=13)  # made in the middle of a pass
+    assert [late.iteration(step) for step in (13, 14, 15)] == [1, 1, 2]
+    assert [late.micro_batches_until(index) for index in range(3)] == [2, 0, 1]
+
+
+def test_shuffle_keeps_every_row():
+    buffer = RolloutBuffer(micro_batches([1.0, 0, 1, 1, 0, 0, 0, 1]))
+    buffer.skip_rows_without_gradient(1)
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(20):
+        buffer.shuffle()
+        live = [micro_batch for micro_batch in buffer if micro_batch["completion_mask"].any()]
+        rows = [row for micro_batch in live for row in micro_batch["completion_ids"][:, 0].tolist()]
+        assert sorted(rows) == [0, 2, 3, 7]
+        assert [len(batch["completion_ids"]) for batch in buffer] == [1, 1, 1, 1]
+        seen.add(tuple(rows))
+    assert len(seen) > 5
+
+
+# Checkpoints
+
+
+def test_saved_is_loaded(tmp_path):
+    buffer = RolloutBuffer(micro_batches([1.0, 0, 1, 1]), start_step=4)
+    buffer.set_old_logps(1, torch.randn(2, 5))
+    buffer.save(tmp_path, 1, 2, {"step": 6})
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "rank-00001-of-00002.json",
+        "rank-00001-of-00002.safetensors",
+    }
+    loaded, state = RolloutBuffer.load(tmp_path, 1, 2)
+    assert state["step"] == 6
+    assert loaded.start_step == 4
+    for mine, theirs in zip(buffer, loaded, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(value.equal(theirs[key]) and value.dtype == theirs[key].dtype for key, value in mine.items())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors, state: tensors.write_bytes(tensors.read_bytes()[:-7]), "safetensors is damaged"),
+        (lambda tensors, state: tensors.write_bytes(tensors.read_bytes()[:-7] + b"abcdefg"), "safetensors is damaged"),
+        (lambda tensors, state: tensors.unlink(), "safetensors is missing"),
+        (lambda tensors, state: state.unlink(), "json is missing"),
+        (lambda tensors, state: state.write_text(state.read_text()[:20]), "json is no state of rollouts"),
+        (lambda tensors, state: state.write_text("[]"), "json is no state of rollouts"),
+        (lambda tensors, state: state.write_text('{"format": 99}'), "has format 99, this version reads 1"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, damage, message):
+    RolloutBuffer(micro_batches([1.0, 1.0])).save(tmp_path, 0, 1, {})
+    damage(tmp_path / "rank-00000-of-00001.safetensors", tmp_path / "rank-00000-of-00001.json")
+    with pytest.raises(RolloutError, match=message) as error:
+        RolloutBuffer.load(tmp_path, 0, 1)
+    assert "delete the folder" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# (num_iterations, gradient_accumulation_steps, steps_per_generation)
+SCHEDULES = [(3, 1, 1), (2, 1, 3), (2, 2, 4), (2, 2, 3), (1, 4, 2)]
+
+
+def train(policy, output_dir, schedule=(2, 1, 1), resume=None, lora=False, trainer_class=GRPOExtTrainer, **options):
+    mu, accumulation, per_generation = schedule
+    options = {
+        "num_iterations": mu,
+        "gradient_accumulation_steps": accumulation,
+        "steps_per_generation": per_generation,
+        "max_steps": 8,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        **options,
+    }
+    config_class = GRPOExtConfig if trainer_class is GRPOExtTrainer else GRPOConfig
+    passed = {"peft_config": LoraConfig(r=2, init_lora_weights=False)} if lora else {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train_canned(
+            trainer_class, canned_config(output_dir, config_class, **options), policy, resume=resume, **passed
+        )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def assert_same_weights(weights, expected):
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        assert weight.equal(expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [pytest.param(schedule, {}, marks=[pytest.mark.slow] if n % 2 else []) for n, schedule in enumerate(SCHEDULES)]
+    + [
+        ((3, 1, 2), {"lora": True}),
+        ((3, 1, 2), {"reshuffle_iterations": True}),
+        ((4, 1, 2), {"target_kl": 0.005, "learning_rate": 2.0}),
+        ((2, 2, 2), {"beta": 0.04, "optim": "adamw_torch", "learning_rate": 1e-2}),
+    ],
+    ids=str,
+)
+def test_resuming_is_exact(policy, tmp_path, schedule, options):
+    """From every checkpoint, between two passes or within one, the run ends where it would have ended."""
+    straight = train(policy, tmp_path / "straight", schedule, **options)
+    for step in (1, 3, 4, 6):
+        checkpoint = str(tmp_path / "straight" / f"checkpoint-{step}")
+        resumed = train(policy, tmp_path / "resumed", schedule, resume=checkpoint, **options)
+        assert straight.exact_grad_norms[-1] > 0
+        assert resumed.trainer.state.global_step == 8
+        assert_same_weights(resumed.weights, straight.weights)
+        assert resumed.exact_grad_norms == straight.exact_grad_norms[step:]
+        assert resumed.trainer.rollout_func.num_calls < straight.trainer.rollout_func.num_calls
+
+
+def test_trl_alone_is_not_exact(policy, tmp_path):
+    """What the checkpoint's rollouts are for; when this fails, TRL has learned it."""
+    straight = train(policy, tmp_path / "a", (3, 1, 1), trainer_class=GRPOTrainer)
+    resumed = train(
+        policy, tmp_path / "b", (3, 1, 1), trainer_class=GRPOTrainer, resume=str(tmp_path / "a" / "checkpoint-4")
+    )
+    assert resumed.exact_grad_norms != straight.exact_grad_norms[4:]
+
+
+def test_resuming_with_a_damaged_file(policy, tmp_path, caplog):
+    train(policy, tmp_path / "straight", (3, 1, 1), max_steps=2)
+    checkpoint = tmp_path / "straight" / "checkpoint-2"
+    tensors = checkpoint / FOLDER / "rank-00000-of-00001.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    with pytest.raises(RolloutError, match=r"rank-00000-of-00001.safetensors is damaged .* delete the folder"):
+        train(policy, tmp_path / "resumed", (3, 1, 1), resume=str(checkpoint))
+    for file in (checkpoint / FOLDER).iterdir():
+        file.unlink()
+    (checkpoint / FOLDER).rmdir()
+    resumed = train(policy, tmp_path / "resumed", (3, 1, 1), resume=str(checkpoint))
+    assert "There are no rollouts" in caplog.text
+    # fresh ones for the pass that was left, then on with the schedule
+    assert resumed.trainer.rollout_func.num_calls == 3
+
+
+def test_resuming_with_a_foreign_file(policy, tmp_path):
+    train(policy, tmp_path / "straight", (3, 1, 1), max_steps=2)
+    first, second = (tmp_path / "straight" / f"checkpoint-{step}" / FOLDER for step in (1, 2))
+    for file in first.iterdir():
+        file.replace(second / file.name)
+    with pytest.raises(RolloutError, match="is of step 1, this checkpoint of step 2"):
+        train(policy, tmp_path / "resumed", (3, 1, 1), resume=str(second.parent))
+
+
+@pytest.mark.parametrize(
+    "change", [{"schedule": (4, 1, 1)}, {"schedule": (3, 1, 1), "num_generations": 2}, "processes"], ids=str
+)
+def test_resuming_with_other_settings(policy, tmp_path, caplog, change):
+    train(policy, tmp_path / "straight", (3, 1, 1), max_steps=2)
+    checkpoint = tmp_path / "straight" / "checkpoint-2"
+    if change == "processes":
+        for file in (checkpoint / FOLDER).iterdir():
+            file.rename(file.with_name(file.name.replace("of-00001", "of-00002")))
+        change = {"schedule": (3, 1, 1)}
+    resumed = train(policy, tmp_path / "resumed", resume=str(checkpoint), **change)
+    assert resumed.trainer.state.global_step == 8
+    assert caplog.text.count("going on with fresh") == 1
+
+
+def test_rollouts_are_left_out_on_request(policy, tmp_path):
+    train(policy, tmp_path, save_rollouts=False, max_steps=1)
+    assert (tmp_path / "checkpoint-1").is_dir()
+    assert not (tmp_path / "checkpoint-1" / FOLDER).exists()
+
+
+# Processes of their own
+
+
+def start(tmp_path, name, launcher=(sys.executable,), **settings):
+    file = tmp_path / f"{name}.json"
+    file.write_text(json.dumps({"output_dir": str(tmp_path / name), **settings}))
+    script = Path(__file__).with_name("run_canned.py")
+    return subprocess.run(
+        [*map(str, launcher), str(script), str(file)], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+OPTIONS = {
+    "num_iterations": 3,
+    "steps_per_generation": 4,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 8,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "mask_truncated_completions": True,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_killed_and_resumed(policy, tmp_path, lora):
+    settings = {"policy": policy, "options": OPTIONS, "lora": lora}
+    straight = start(tmp_path, "straight", **settings)
+    assert straight.returncode == 0, straight.stderr[-3000:]
+    killed = start(tmp_path, "killed", kill_at=3, **settings)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "final.safetensors").exists()
+    resumed = start(tmp_path, "killed", resume=str(tmp_path / "killed" / "checkpoint-3"), **settings)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert_same_weights(
+        load_file(tmp_path / "killed" / "final.safetensors"), load_file(tmp_path / "straight" / "final.safetensors")
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_resumed(policy, tmp_path):
+    (tmp_path / "ddp.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nnum_machines: 1\n"
+        "num_processes: 2\nmachine_rank: 0\nmixed_precision: 'no'\nmain_training_function: main\n"
+    )
+    accelerate = Path(sys.executable).with_name("accelerate")
+    launcher = [accelerate, "launch", "--main_process_port", "0", "--config_file", tmp_path / "ddp.yaml"]
+    settings = {"policy": policy, "options": {**OPTIONS, "ddp_backend": "gloo"}, "launcher": launcher}
+    straight = start(tmp_path, "straight", **settings)
+    assert (tmp_path / "straight" / "ran_on.json").is_file(), straight.stderr[-3000:]
+    ran_on = json.loads((tmp_path / "straight" / "ran_on.json").read_text())
+    assert ran_on == {"processes": 2, "wrapper": "DistributedDataParallel"}
+    killed = start(tmp_path, "killed", kill_at=5, **settings)
+    assert killed.returncode != 0
+    checkpoint = tmp_path / "killed" / "checkpoint-5"
+    files = sorted(os.listdir(checkpoint / FOLDER))
+    assert [file for file in files if file.endswith(".safetensors")] == [
+        "rank-00000-of-00002.safetensors",
+        "rank-00001-of-00002.safetensors",
+    ]
+    resumed = start(tmp_path, "killed", resume=str(checkpoint), **settings)
+    assert (tmp_path / "killed" / "final.safetensors").is_file(), resumed.stderr[-3000:]
+    assert_same_weights(
+        load_file(tmp_path / "killed" / "final.safetensors"), load_file(tmp_path / "straight" / "final.safetensors")
+    )

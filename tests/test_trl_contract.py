@@ -1,0 +1,154 @@
+"""What the mixins rely on in TRL. When a release moves one of these, the test with its name fails."""
+
+import inspect
+
+import pytest
+import torch
+from canned import canned_config, train_canned
+from tiny import save_tiny_policy, tiny_model
+from trl import GRPOTrainer
+
+from trl_grpo_ext import compat
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A trainer that has trained, and what passed through the members that the mixins override."""
+    folder = tmp_path_factory.mktemp("contract")
+    seen = {"logps": [], "micro_batches": [], "order": []}
+
+    class Spy(GRPOTrainer):
+        def _prepare_inputs(self, generation_batch):
+            inputs = super()._prepare_inputs(generation_batch)
+            seen["order"].append("prepare")
+            seen["micro_batches"].append((compat.step(self), inputs, compat.buffered_micro_batches(self)))
+            return inputs
+
+        def _generate_and_score_completions(self, inputs):
+            seen["order"].append("generate")
+            return super()._generate_and_score_completions(inputs)
+
+        def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+            output = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            seen["order"].append("old policy" if not torch.is_grad_enabled() else "policy")
+            seen["logps"].append((args, kwargs, output, torch.is_grad_enabled()))
+            return output
+
+        def _compute_loss(self, model, inputs):
+            seen["order"].append("loss")
+            return super()._compute_loss(model, inputs)
+
+        def _save_checkpoint(self, model, trial):
+            seen["order"].append("save")
+            super()._save_checkpoint(model, trial)
+
+        def _load_optimizer_and_scheduler(self, checkpoint):
+            seen["order"].append("load")
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+        def log(self, logs, start_time=None):
+            seen["order"].append("log")
+            super().log(logs, start_time)
+
+    args = canned_config(folder / "out", num_iterations=2, max_steps=2, save_strategy="steps", save_steps=2)
+    policy = save_tiny_policy(folder / "policy")
+    run = train_canned(Spy, args, policy)
+    after_training = seen["order"].copy()
+    train_canned(Spy, args, policy, resume=str(folder / "out" / "checkpoint-2"))
+    seen["order"], seen["resumed"] = after_training, seen["order"][len(after_training) :]
+    return run.trainer, seen
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("_prepare_inputs", ["self", "generation_batch"]),
+        ("_generate_and_score_completions", ["self", "inputs"]),
+        ("_compute_loss", ["self", "model", "inputs"]),
+        ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
+        ("_get_output_dir", ["self", "trial"]),
+        ("log", ["self", "logs", "start_time"]),
+    ],
+)
+def test_signatures(name, parameters):
+    assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters) == parameters
+
+
+def test_signature_of_the_forward():
+    parameters = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    assert parameters[:5] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
+    assert {"compute_entropy", "compute_aux_loss", "pixel_values", "num_images", "token_type_ids"} <= set(parameters)
+
+
+def test_order_of_calls(trained):
+    """Generation, in it the old policy's forward first, then a loss with one forward for each micro-batch."""
+    _, seen = trained
+    one_step = ["prepare", "loss", "policy"]  # what a member does is noted when it returns, but for the loss
+    first = ["generate", "old policy", *one_step, "log"]
+    assert seen["order"][: len(first)] == first
+    assert seen["order"][len(first) :][:5] == [*one_step, "log", "save"]
+    assert seen["resumed"][0] == "load"
+
+
+def test_micro_batches(trained):
+    _, seen = trained
+    (step, inputs, buffered), (next_step, next_inputs, next_buffered) = seen["micro_batches"][:2]
+    assert (step, next_step) == (0, 1)
+    assert isinstance(buffered, list)
+    assert inputs is buffered[0]
+    assert next_inputs is inputs  # the second pass gets the dictionary of the first
+    assert next_buffered is buffered
+    keys = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch"}
+    assert set(inputs) == keys | {"old_per_token_logps"}
+    rows, columns = inputs["completion_ids"].shape
+    assert inputs["completion_mask"].shape == inputs["old_per_token_logps"].shape == (rows, columns)
+    assert inputs["prompt_ids"].shape == inputs["prompt_mask"].shape
+    assert inputs["advantages"].shape == (rows,)
+    assert inputs["num_items_in_batch"].ndim == 0
+
+
+def test_forward_returns_three_values(trained):
+    _, seen = trained
+    for args, kwargs, (logps, entropies, aux_loss), is_for_gradient in seen["logps"]:
+        assert logps.shape == (len(args[0]), args[2])
+        assert logps.requires_grad == is_for_gradient
+        assert (entropies is not None) == bool(kwargs.get("compute_entropy"))
+        assert aux_loss is None
+
+
+def test_state(trained):
+    trainer, _ = trained
+    assert compat.step(trainer) == 2
+    compat.set_step(trainer, 7)
+    assert compat.step(trainer) == 7
+    compat.append_metric(trainer, "mine", 1.5)
+    assert trainer._metrics["train"]["mine"] == [1.5]
+    assert compat.takes_old_policy_forward(trainer)
+    trainer.num_iterations = 1
+    assert not compat.takes_old_policy_forward(trainer)
+    assert not compat.corrects_sampling(trainer)
+    assert compat.is_clipped_objective(trainer)
+    trainer.loss_type = "cispo"
+    assert not compat.is_clipped_objective(trainer)
+    for name in ("epsilon_low", "epsilon_high", "beta", "importance_sampling_level", "max_completion_length"):
+        assert hasattr(trainer, name)
+    assert trainer.current_gradient_accumulation_steps == 1
+
+
+def test_whose_loss_it_is():
+    class Other(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, inputs)
+
+    assert not compat.has_own_loss(GRPOTrainer._compute_loss)
+    assert compat.has_own_loss(Other._compute_loss)
+
+
+def test_randomness_is_seen():
+    model = tiny_model()
+    assert not compat.has_active_randomness(model)
+    model.config.attention_dropout = 0.1
+    assert compat.has_active_randomness(model)
+    assert compat.has_active_randomness(torch.nn.Sequential(torch.nn.Dropout(0.1)))
+    assert not compat.has_active_randomness(torch.nn.Sequential(torch.nn.Dropout(0.0)))

@@ -1,0 +1,85 @@
+"""`GRPOExtConfig`: TRL's `GRPOConfig` and the settings of the mixins."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trl import GRPOConfig
+
+
+@dataclass
+class GRPOExtConfig(GRPOConfig):
+    """Arguments of [`GRPOExtTrainer`]: all of TRL's, and these.
+
+    Args:
+        reuse_first_pass_logps (`bool`, *optional*, defaults to `True`):
+            Take the old policy's log-probabilities from the first pass over the rollouts instead of a forward of their
+            own, for the micro-batches for which both are the same: those of the first optimizer step after a
+            generation, without active dropout.
+        target_kl (`float`, *optional*):
+            Stop passing over a batch of rollouts when the mean KL from the old to the new policy over a pass exceeds
+            this many nats a token. The passes that remain are made with completions sampled afresh for the same
+            prompts, so neither the number of steps nor the order of prompts changes.
+        skip_zero_advantage (`bool`, *optional*, defaults to `True`):
+            Leave out completions that carry no gradient (zero advantage, or no token that counts), and spread the
+            others evenly over the micro-batches of their optimizer step. Loss and gradient are the same. Applies to
+            `loss_type` grpo, dr_grpo and dapo with `beta=0`; metrics over tokens then cover the rows that are left.
+        save_rollouts (`bool`, *optional*, defaults to `True`):
+            Keep the rollouts in checkpoints, so that a run stopped between two passes ends where it would have.
+        reshuffle_iterations (`bool`, *optional*, defaults to `False`):
+            Deal the rows out to the micro-batches anew before each pass but the first.
+    """
+
+    reuse_first_pass_logps: bool = field(
+        default=True,
+        metadata={
+            "help": "Take the old policy's log-probabilities from the first pass over the rollouts, where exact."
+        },
+    )
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "Stop passing over the rollouts above this mean KL to the old policy, in nats a token."},
+    )
+    skip_zero_advantage: bool = field(
+        default=True, metadata={"help": "Leave out completions that carry no gradient; the gradient is the same."}
+    )
+    save_rollouts: bool = field(default=True, metadata={"help": "Keep the rollouts in checkpoints."})
+    reshuffle_iterations: bool = field(
+        default=False, metadata={"help": "Deal the rows out to the micro-batches anew before each pass."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self)
+
+
+# The fields above, with their defaults: a plain `GRPOConfig` works as if it had them.
+EXTENSION_DEFAULTS: dict[str, Any] = {
+    item.name: item.default
+    for item in fields(GRPOExtConfig)
+    if item.name not in {base_item.name for base_item in fields(GRPOConfig)}
+}
+
+
+def extension_setting(args: GRPOConfig, name: str) -> Any:
+    """A field of [`GRPOExtConfig`], or its default where the arguments are a plain `GRPOConfig`."""
+    return getattr(args, name, EXTENSION_DEFAULTS[name])
+
+
+def check_settings(args: GRPOConfig) -> None:
+    """Raise `ValueError` for settings that cannot work, naming field, value and remedy."""
+    target_kl = extension_setting(args, "target_kl")
+    if target_kl is not None and not (math.isfinite(target_kl) and target_kl > 0):
+        raise ValueError(f"target_kl must be a positive number of nats, or None for no stop; got {target_kl!r}")
+    if target_kl is not None and args.num_iterations == 1:
+        raise ValueError(
+            f"target_kl={target_kl!r} stops the passes over a batch of rollouts, and num_iterations=1 makes a single "
+            "one: set num_iterations to 2 or more, or target_kl to None"
+        )
+    if extension_setting(args, "reshuffle_iterations") and args.num_iterations == 1:
+        raise ValueError(
+            "reshuffle_iterations=True deals rows out anew between passes, and num_iterations=1 makes a single one: "
+            "set num_iterations to 2 or more"
+        )
+    if args.num_iterations < 1:
+        raise ValueError(f"num_iterations must be at least 1, got {args.num_iterations!r}")

@@ -1,0 +1,299 @@
+"""`RolloutBuffer`: the rows of one generation batch, while the update passes over them."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+FORMAT = 1
+FOLDER = "rollouts"
+
+MicroBatch = dict[str, Any]
+
+
+class RolloutError(ValueError):
+    """Rollouts in a checkpoint that cannot be used; the message names the file and the remedy."""
+
+
+class RolloutBuffer(Sequence[MicroBatch]):
+    """Micro-batches of rollouts, in the order in which each pass takes them.
+
+    A micro-batch is the dictionary that TRL makes: `prompt_ids` and `prompt_mask` of shape `(B, P)`, `completion_ids`
+    and `completion_mask` of shape `(B, C)`, `advantages` of shape `(B,)` or `(B, C)`, and what else it needs. All of a
+    batch are padded to the same `P` and `C`.
+
+    Args:
+        micro_batches (`Sequence[dict]`):
+            One dictionary for each micro-batch.
+        start_step (`int`, *optional*, defaults to `0`):
+            Number of micro-batches trained on when the rollouts were made.
+
+    Attributes:
+        num_skipped (`int`):
+            Rows that [`skip_rows_without_gradient`] has left out.
+    """
+
+    def __init__(self, micro_batches: Sequence[MicroBatch], start_step: int = 0) -> None:
+        self._micro_batches = [dict(micro_batch) for micro_batch in micro_batches]
+        self.start_step = start_step
+        self.num_skipped = 0
+        self._empty: set[int] = set()  # micro-batches that hold a placeholder
+        self._used_widths: dict[int, int] = {}  # found once, because it costs a device synchronization
+
+    def __len__(self) -> int:
+        return len(self._micro_batches)
+
+    @overload
+    def __getitem__(self, index: int) -> MicroBatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[MicroBatch]: ...
+    def __getitem__(self, index: Any) -> Any:
+        return self._micro_batches[index]
+
+    def trimmed(self, index: int) -> MicroBatch:
+        """Micro-batch `index` without the last columns in which every row is padded, which no other token sees."""
+        micro_batch = self._micro_batches[index]
+        width = micro_batch["completion_ids"].size(1)
+        if index not in self._used_widths:
+            used = micro_batch["completion_mask"].any(dim=0).nonzero()
+            self._used_widths[index] = int(used[-1]) + 1 if len(used) else 1
+        return {
+            key: value[:, : self._used_widths[index]]
+            if isinstance(value, torch.Tensor)
+            and value.ndim == 2
+            and value.size(1) == width
+            and not key.startswith("prompt_")
+            else value
+            for key, value in micro_batch.items()
+        }
+
+    def iteration(self, step: int) -> int:
+        """Which pass over the rollouts the micro-batch of a step belongs to, from 1."""
+        return step // len(self) - self.start_step // len(self) + 1
+
+    def micro_batches_until(self, index: int) -> int:
+        """How many micro-batches are trained on between the generation and the first pass of micro-batch `index`."""
+        return (index - self.start_step) % len(self)
+
+    # Old policy
+
+    def needs_old_logps(self, index: int) -> bool:
+        """Whether the old policy's log-probabilities of a micro-batch are still missing."""
+        return self._micro_batches[index].get("old_per_token_logps") is None
+
+    def set_old_logps(self, index: int, per_token_logps: torch.Tensor) -> None:
+        """Keep log-probabilities, `(B, C)` or without the last columns where all rows are padded."""
+        micro_batch = self._micro_batches[index]
+        old = torch.zeros_like(micro_batch["completion_ids"], dtype=per_token_logps.dtype)
+        old[:, : per_token_logps.size(1)] = per_token_logps.detach()
+        micro_batch["old_per_token_logps"] = old
+
+    # Rows
+
+    def has_only_text(self) -> bool:
+        """Whether each value is a tensor with an entry a row, so that rows can be moved (images have other shapes)."""
+        return all(
+            isinstance(value, torch.Tensor) and (value.ndim == 0 or value.size(0) == _num_rows(micro_batch))
+            for micro_batch in self._micro_batches
+            for key, value in micro_batch.items()
+        ) and not any("pixel" in key or "token_type" in key for key in self._micro_batches[0])
+
+    def skip_rows_without_gradient(self, window: int) -> None:
+        """Leave out the rows whose gradient is 0, and deal the others out evenly within each optimizer step.
+
+        A micro-batch that gets no row keeps one of a single prompt token and a single completion token that does not
+        count: its loss is 0, and it takes part in every forward, backward and collective call.
+
+        Args:
+            window (`int`):
+                Micro-batches of an optimizer step. Rows stay within consecutive runs of so many micro-batches.
+        """
+        for start in range(0, len(self), window):
+            micro_batches = self._micro_batches[start : start + window]
+            rows = _concatenate(micro_batches)
+            live = carries_gradient(rows).nonzero().flatten()
+            self.num_skipped += _num_rows(rows) - len(live)
+            self._deal(rows, live, range(start, start + len(micro_batches)))
+
+    def shuffle(self) -> None:
+        """Deal all rows out to the micro-batches anew, at random (torch's generator on the CPU).
+
+        Not while the old policy's log-probabilities are known for some rows only, which is so when passes began in the
+        middle of a batch.
+        """
+        full = [micro_batch for index, micro_batch in enumerate(self._micro_batches) if index not in self._empty]
+        if full and all(micro_batch.keys() == full[0].keys() for micro_batch in full):
+            rows = _concatenate(full)
+            self._deal(rows, torch.randperm(_num_rows(rows)), range(len(self)))
+
+    def _deal(self, rows: MicroBatch, order: torch.Tensor, targets: range) -> None:
+        """Give the micro-batches `targets` the rows `order`, as evenly as can be."""
+        for index, indices in zip(targets, torch.tensor_split(order, len(targets)), strict=True):
+            self._micro_batches[index] = _select(rows, indices) if len(indices) else _empty_row(rows)
+            self._used_widths.pop(index, None)
+            (self._empty.discard if len(indices) else self._empty.add)(index)
+
+    # Checkpoints
+
+    def save(self, folder: str | os.PathLike[str], rank: int, num_ranks: int, state: dict[str, Any]) -> None:
+        """Write the rollouts of a rank: `rank-00000-of-00002.safetensors` and the `.json` beside it.
+
+        Args:
+            folder (`str` or `PathLike`):
+                Folder to write into; made if it is not there.
+            rank (`int`), num_ranks (`int`):
+                The process and the number of processes.
+            state (`dict`):
+                What else is to be kept, of JSON's types.
+        """
+        tensors, others = {}, []
+        for index, micro_batch in enumerate(self._micro_batches):
+            others.append({key: value for key, value in micro_batch.items() if not isinstance(value, torch.Tensor)})
+            for key, value in micro_batch.items():
+                if isinstance(value, torch.Tensor):
+                    # a copy of its own: what micro-batches share, the format does not take
+                    tensors[f"{index}.{key}"] = value.detach().to("cpu", copy=True).contiguous()
+        content = {
+            "format": FORMAT,
+            "start_step": self.start_step,
+            "num_skipped": self.num_skipped,
+            "empty": sorted(self._empty),
+            "micro_batches": others,
+            **state,
+        }
+        write_rollouts(folder, rank, num_ranks, tensors, content)
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], rank: int, num_ranks: int, device: torch.device | str = "cpu"
+    ) -> tuple["RolloutBuffer | None", dict[str, Any]]:
+        """Read what [`~RolloutBuffer.save`] or [`save_no_rollouts`] wrote.
+
+        Returns:
+            `tuple[RolloutBuffer | None, dict]`:
+                The rollouts (`None` where there were none) and the state.
+
+        Raises:
+            RolloutError: If a file is damaged, missing, or of another kind.
+        """
+        tensors, content = read_rollouts(folder, rank, num_ranks)
+        if content.get("micro_batches") is None:
+            return None, content
+        micro_batches = [dict(micro_batch) for micro_batch in content["micro_batches"]]
+        for name, tensor in tensors.items():
+            index, _, key = name.partition(".")
+            micro_batches[int(index)][key] = tensor.to(device)
+        buffer = cls(micro_batches, content["start_step"])
+        buffer.num_skipped = content["num_skipped"]
+        buffer._empty = set(content["empty"])
+        return buffer, content
+
+
+def carries_gradient(rows: MicroBatch) -> torch.Tensor:
+    """Which rows add anything to the gradient without a KL term: advantage not 0, and a token that counts. `(B,)`."""
+    mask = rows["completion_mask"].bool()
+    if rows.get("tool_mask") is not None:
+        mask = mask & rows["tool_mask"].bool()
+    advantages = rows["advantages"]
+    if advantages.dim() == 1:
+        advantages = advantages.unsqueeze(1)
+    return ((advantages != 0) & mask).any(dim=1)
+
+
+def _num_rows(rows: MicroBatch) -> int:
+    return int(rows["completion_ids"].size(0))
+
+
+def _concatenate(micro_batches: Sequence[MicroBatch]) -> MicroBatch:
+    def joined(key: str, first: Any) -> Any:
+        if isinstance(first, torch.Tensor) and first.ndim > 0:
+            return torch.cat([micro_batch[key] for micro_batch in micro_batches])
+        return first
+
+    return {key: joined(key, value) for key, value in micro_batches[0].items()}
+
+
+def _select(rows: MicroBatch, indices: torch.Tensor) -> MicroBatch:
+    return {
+        key: value[indices.to(value.device)] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+        for key, value in rows.items()
+    }
+
+
+def _empty_row(rows: MicroBatch) -> MicroBatch:
+    empty: MicroBatch = {}
+    for key, value in rows.items():
+        if not isinstance(value, torch.Tensor) or value.ndim == 0:
+            empty[key] = value
+        elif key.startswith("prompt_"):
+            empty[key] = value[:1, -1:]
+        else:
+            empty[key] = value[:1, :1] if value.ndim > 1 else value[:1]
+    empty["completion_mask"] = torch.zeros_like(empty["completion_mask"])
+    return empty
+
+
+# Files
+
+
+def rollout_files(folder: str | os.PathLike[str], rank: int, num_ranks: int) -> tuple[Path, Path]:
+    """The tensors' file and the state's file of a rank."""
+    stem = Path(folder) / f"rank-{rank:05d}-of-{num_ranks:05d}"
+    return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+
+
+def save_no_rollouts(folder: str | os.PathLike[str], rank: int, num_ranks: int, state: dict[str, Any]) -> None:
+    """Write that there are no rollouts to go on with: the next step generates."""
+    write_rollouts(folder, rank, num_ranks, {}, {"format": FORMAT, "micro_batches": None, **state})
+
+
+def write_rollouts(
+    folder: str | os.PathLike[str],
+    rank: int,
+    num_ranks: int,
+    tensors: dict[str, torch.Tensor],
+    content: dict[str, Any],
+) -> None:
+    tensors_file, state_file = rollout_files(folder, rank, num_ranks)
+    tensors_file.parent.mkdir(parents=True, exist_ok=True)
+    # The state goes last and knows the tensors' checksum: without it, or with another, the pair is not whole.
+    save_file(tensors, tensors_file)
+    content = {**content, "sha256": _checksum(tensors_file)}
+    aside = state_file.with_suffix(".json.part")
+    aside.write_text(json.dumps(content))
+    os.replace(aside, state_file)
+
+
+def read_rollouts(
+    folder: str | os.PathLike[str], rank: int, num_ranks: int
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    tensors_file, state_file = rollout_files(folder, rank, num_ranks)
+    remedy = f"delete the folder {str(folder)!r} to go on from this checkpoint with fresh rollouts"
+    for file in (state_file, tensors_file):
+        if not file.is_file():
+            raise RolloutError(f"{file} is missing; restore it, or {remedy}")
+    try:
+        content = json.loads(state_file.read_text())
+        found = content["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RolloutError(f"{state_file} is no state of rollouts; restore it, or {remedy}") from error
+    if found != FORMAT:
+        raise RolloutError(f"{state_file} has format {found!r}, this version reads {FORMAT}; {remedy}")
+    if content.get("sha256") != _checksum(tensors_file):
+        raise RolloutError(f"{tensors_file} is damaged or not the one that was saved; restore it, or {remedy}")
+    try:
+        return load_file(tensors_file), content
+    except (SafetensorError, OSError) as error:
+        raise RolloutError(f"{tensors_file} cannot be read ({error}); restore it, or {remedy}") from error
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
