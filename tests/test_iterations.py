@@ -73,7 +73,8 @@ def check_parity(policy, start, tmp_path, *, theirs=GRPOTrainer, ours=GRPOExtTra
     expected = run(theirs, policy, tmp_path / "theirs", **options)
     actual = run(ours, policy, tmp_path / "ours", **options)
     assert len(actual.exact_grad_norms) == options["max_steps"]
-    assert sorted(expected.exact_grad_norms)[len(expected.exact_grad_norms) // 2] > 1e-3  # most say something
+    # not vacuous: where groups are dead or every clip binds, the gradient is 0
+    assert 4 * sum(norm > 1e-3 for norm in expected.exact_grad_norms) >= len(expected.exact_grad_norms)
     assert actual.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5, abs=1e-7)
     assert relative_difference(actual.weights, expected.weights, start) < 1e-5
     assert actual.metric("loss") == pytest.approx(expected.metric("loss"), rel=1e-4, abs=1e-6)
@@ -84,7 +85,7 @@ def check_parity(policy, start, tmp_path, *, theirs=GRPOTrainer, ours=GRPOExtTra
 @pytest.mark.parametrize(
     ("number", "loss_type", "level", "beta"),
     [
-        (number, *setting)
+        pytest.param(number, *setting, marks=[pytest.mark.slow] if (number + number // 2) % 2 else [])
         for number, setting in enumerate(itertools.product(CLIPPED + DELEGATED, ("token", "sequence"), (0.0, 0.04)))
     ],
 )
@@ -108,7 +109,7 @@ def test_every_loss_has_trls_gradient(policy, start, tmp_path, number, loss_type
     ("number", "schedule", "loss_type"),
     [
         # each schedule with two loss types; the features take turns
-        pytest.param(number, schedule, loss_type, marks=[pytest.mark.slow] if number % 3 else [])
+        pytest.param(number, schedule, loss_type, marks=[pytest.mark.slow] if number % 6 else [])
         for number, (schedule, loss_type) in enumerate(
             (schedule, CLIPPED[(position + offset) % 4])
             for offset in (0, 2)
@@ -186,7 +187,8 @@ def test_dropout_takes_the_forward(policy, start, tmp_path):
     """With dropout a second forward is another one: the old policy's is taken for all rows, as in TRL."""
     options = {"num_iterations": 2, "max_steps": 2}
     lora = LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False)
-    dropped = run(GRPOExtTrainer, policy, tmp_path / "a", peft_config=lora, **options)
+    every_row = {"skip_zero_advantage": False}  # with other rows in a micro-batch, dropout hits other rows
+    dropped = run(GRPOExtTrainer, policy, tmp_path / "a", GRPOExtConfig, peft_config=lora, **every_row, **options)
     assert len(forwards(dropped, False)) == dropped.trainer.rollout_func.num_calls
     expected = run(GRPOTrainer, policy, tmp_path / "b", peft_config=lora, **options)
     assert dropped.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5)

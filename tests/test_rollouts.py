@@ -197,8 +197,8 @@ def assert_same_weights(weights, expected):
     ("schedule", "options"),
     [pytest.param(schedule, {}, marks=[pytest.mark.slow] if n % 2 else []) for n, schedule in enumerate(SCHEDULES)]
     + [
-        ((3, 1, 2), {"lora": True}),
-        ((3, 1, 2), {"reshuffle_iterations": True}),
+        pytest.param((3, 1, 2), {"lora": True}, marks=pytest.mark.slow),
+        pytest.param((3, 1, 2), {"reshuffle_iterations": True}, marks=pytest.mark.slow),
         ((4, 1, 2), {"target_kl": 0.005, "learning_rate": 2.0}),
         ((2, 2, 2), {"beta": 0.04, "optim": "adamw_torch", "learning_rate": 1e-2}),
     ],
