@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -131,16 +132,17 @@ def load_problems(args: RecipeArguments, seed: int) -> tuple[Dataset, dict[str, 
             "heldout": load_arithmetic("heldout", args.eval_items, seed),
             "heldout_templates": load_arithmetic("heldout_templates", args.eval_items, seed),
         }
-    train = load_gsm8k(args.dataset_name, "train", with_example=args.prompt_example)
+    load = partial(load_gsm8k, with_example=args.prompt_example)
+    train = load(args.dataset_name, "train")
     if args.eval_dataset_name is not None:
-        heldout = load_gsm8k(args.eval_dataset_name, "test", with_example=args.prompt_example)
+        heldout = load(args.eval_dataset_name, "test")
     elif Path(args.dataset_name).is_file():
         if len(train) <= args.eval_items:
             raise ValueError(f"{args.dataset_name} has {len(train)} rows, too few to hold out {args.eval_items}")
         heldout = train.select(range(len(train) - args.eval_items, len(train)))
         train = train.select(range(len(train) - args.eval_items))
     else:
-        heldout = load_gsm8k(args.dataset_name, "test", with_example=args.prompt_example)
+        heldout = load(args.dataset_name, "test")
     if args.train_items is not None:
         train = train.select(range(min(args.train_items, len(train))))
     return train, {"heldout": heldout.select(range(min(args.eval_items, len(heldout))))}

@@ -106,7 +106,10 @@ class ExactGradNorms(TrainerCallback):
 
 
 def train_canned(trainer_class, args, model, *, tool_masks=False, resume=None, callbacks=(), **options) -> Run:
-    """Train the checkpoint `model`, from the checkpoint `resume` if there is one."""
+    """Train the checkpoint `model`, from the checkpoint `resume` if there is one.
+
+    On one thread: the models are so small that a second one only waits.
+    """
     forwards: list[tuple[int, bool]] = []
     norms = ExactGradNorms()
     trainer = trainer_class(
@@ -123,7 +126,12 @@ def train_canned(trainer_class, args, model, *, tool_masks=False, resume=None, c
         lambda module, positional, named: forwards.append((len(named["input_ids"]), torch.is_grad_enabled())),
         with_kwargs=True,
     )
-    trainer.train(resume_from_checkpoint=resume)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        torch.set_num_threads(threads)
     weights = {name: weight.detach().clone() for name, weight in trainer.model.state_dict().items()}
     return Run(trainer, weights, trainer.state.log_history, forwards, norms.values)
 

@@ -1,6 +1,7 @@
 import os
 import tempfile
 
+import pytest
 from hypothesis import settings
 
 
@@ -17,3 +18,11 @@ settings.load_profile("default")
 
 def pytest_unconfigure() -> None:
     _HF_HOME.cleanup()
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory) -> str:
+    """The path of a tiny checkpoint with random weights."""
+    from tiny import save_tiny_policy  # the environment above must be set before transformers is loaded
+
+    return save_tiny_policy(tmp_path_factory.mktemp("policy"))

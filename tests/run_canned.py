@@ -6,7 +6,6 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
 from canned import canned_config, train_canned
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -28,7 +27,6 @@ class Kill(TrainerCallback):
 
 
 def main(settings):
-    torch.set_num_threads(1)
     options = {"peft_config": LoraConfig(r=2, init_lora_weights=False)} if settings.get("lora") else {}
     run = train_canned(
         GRPOExtTrainer,

@@ -7,7 +7,6 @@ import pytest
 import torch
 from canned import ROWS, canned_config, canned_prompts, relative_difference, train_canned
 from peft import LoraConfig
-from tiny import save_tiny_policy
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
@@ -41,22 +40,8 @@ FEATURES = [
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return save_tiny_policy(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
 def start(policy):
     return AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).state_dict()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The models are so small that a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(trainer_class, policy, output_dir, config_class=GRPOConfig, **options):

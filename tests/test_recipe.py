@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launch import two_process_launcher
 from safetensors.torch import load_file
 from tiny import save_tiny_policy, tiny_tokenizer
 
@@ -201,13 +202,8 @@ def test_resuming_ends_where_the_run_would_have_ended(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    """DDP on a CPU. The summary says what it ran on: accelerate runs one process where the type is MULTI_CPU."""
-    (tmp_path / "ddp.yaml").write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nnum_machines: 1\n"
-        "num_processes: 2\nmachine_rank: 0\nmixed_precision: 'no'\nmain_training_function: main\n"
-    )
-    launch = [Path(sys.executable).with_name("accelerate"), "launch", "--main_process_port", "0"]
-    result = run(*small(tmp_path / "out", eval_items=7), launcher=[*launch, "--config_file", tmp_path / "ddp.yaml"])
+    """DDP on a CPU. The summary says what it ran on."""
+    result = run(*small(tmp_path / "out", eval_items=7), launcher=two_process_launcher(tmp_path))
     assert (tmp_path / "out" / "summary.json").is_file(), result.stderr[-3000:]
     summary = check_summary(tmp_path / "out", items=7)
     assert summary["processes"] == 2

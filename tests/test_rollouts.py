@@ -10,19 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from canned import canned_config, train_canned
+from launch import two_process_launcher
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny import save_tiny_policy
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext.config import GRPOExtConfig
 from trl_grpo_ext.rollouts import FOLDER, RolloutBuffer, RolloutError, carries_gradient
 from trl_grpo_ext.trainer import GRPOExtTrainer
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return save_tiny_policy(tmp_path_factory.mktemp("policy"))
 
 
 def micro_batches(advantages, lengths=None, columns=5, rows=2):
@@ -177,14 +172,9 @@ def train(policy, output_dir, schedule=(2, 1, 1), resume=None, lora=False, train
     }
     config_class = GRPOExtConfig if trainer_class is GRPOExtTrainer else GRPOConfig
     passed = {"peft_config": LoraConfig(r=2, init_lora_weights=False)} if lora else {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return train_canned(
-            trainer_class, canned_config(output_dir, config_class, **options), policy, resume=resume, **passed
-        )
-    finally:
-        torch.set_num_threads(threads)
+    return train_canned(
+        trainer_class, canned_config(output_dir, config_class, **options), policy, resume=resume, **passed
+    )
 
 
 def assert_same_weights(weights, expected):
@@ -313,13 +303,11 @@ def test_killed_and_resumed(policy, tmp_path, lora):
 
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed(policy, tmp_path):
-    (tmp_path / "ddp.yaml").write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nnum_machines: 1\n"
-        "num_processes: 2\nmachine_rank: 0\nmixed_precision: 'no'\nmain_training_function: main\n"
-    )
-    accelerate = Path(sys.executable).with_name("accelerate")
-    launcher = [accelerate, "launch", "--main_process_port", "0", "--config_file", tmp_path / "ddp.yaml"]
-    settings = {"policy": policy, "options": {**OPTIONS, "ddp_backend": "gloo"}, "launcher": launcher}
+    settings = {
+        "policy": policy,
+        "options": {**OPTIONS, "ddp_backend": "gloo"},
+        "launcher": two_process_launcher(tmp_path),
+    }
     straight = start(tmp_path, "straight", **settings)
     assert (tmp_path / "straight" / "ran_on.json").is_file(), straight.stderr[-3000:]
     ran_on = json.loads((tmp_path / "straight" / "ran_on.json").read_text())

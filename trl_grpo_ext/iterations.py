@@ -12,8 +12,16 @@ from trl.models.utils import disable_gradient_checkpointing
 from . import compat
 from .config import check_settings, extension_setting
 from .metrics import Statistics, micro_batch_statistics, objective_statistics
-from .objective import ClippedObjective
-from .rollouts import FOLDER, RolloutBuffer, RolloutError, rollout_files, save_no_rollouts
+from .objective import ClippedObjective, clip_binds
+from .rollouts import (
+    FOLDER,
+    RolloutBuffer,
+    RolloutError,
+    column_advantages,
+    loss_mask,
+    rollout_files,
+    save_no_rollouts,
+)
 
 
 logger = get_logger(__name__)
@@ -49,7 +57,6 @@ class MultiIterationMixin(_GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_settings(self.args)
-        self._rollouts: RolloutBuffer | None = None
         self._awaits_old_policy_forward = False
         self._last_logps: torch.Tensor | None = None
         self._window_position = 0  # micro-batches since the last optimizer step
@@ -58,6 +65,12 @@ class MultiIterationMixin(_GRPOTrainer):
         self._has_explained_zeros = False
 
     # Rollouts
+
+    @property
+    def _rollouts(self) -> RolloutBuffer | None:
+        """The current rollouts, which take the place of TRL's own list of micro-batches."""
+        buffered = compat.buffered_micro_batches(self)
+        return buffered if isinstance(buffered, RolloutBuffer) else None
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if not self.model.training:
@@ -69,12 +82,13 @@ class MultiIterationMixin(_GRPOTrainer):
             and index == 0
             and rollouts.iteration(step) > 1
             and extension_setting(self.args, "reshuffle_iterations")
-            and rollouts.has_only_text()
+            and rollouts.has_only_text
         ):
             rollouts.shuffle()
         super()._prepare_inputs(generation_batch)
-        if rollouts is None or compat.buffered_micro_batches(self) is not rollouts:
-            rollouts = self._rollouts = self._new_rollouts(compat.buffered_micro_batches(self), step)
+        rollouts = self._rollouts
+        if rollouts is None:  # TRL has just generated
+            rollouts = self._new_rollouts(compat.buffered_micro_batches(self), step)
             compat.set_buffered_micro_batches(self, rollouts)
             self._pass_sums = None
         return rollouts.trimmed(index) if self._computes_own_loss(rollouts) else rollouts[index]
@@ -158,7 +172,7 @@ class MultiIterationMixin(_GRPOTrainer):
         return (
             not compat.has_own_loss(super()._compute_loss)
             and compat.is_clipped_objective(self)
-            and rollouts.has_only_text()
+            and rollouts.has_only_text
         )
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
@@ -188,7 +202,7 @@ class MultiIterationMixin(_GRPOTrainer):
         return loss
 
     def _clipped_loss(self, model: Any, inputs: dict[str, Any], iteration: int) -> torch.Tensor:
-        mask = _loss_mask(inputs)
+        mask = loss_mask(inputs)
         per_token_logps, entropies, _ = self._forward(model, inputs, compute_entropy=True)
         old_per_token_logps = inputs.get("old_per_token_logps")
         if old_per_token_logps is None:  # the first pass: this policy is the old one
@@ -226,21 +240,15 @@ class MultiIterationMixin(_GRPOTrainer):
 
     def _observe(self, statistics: torch.Tensor, iteration: int, is_own_loss: bool) -> None:
         self._pending_statistics.append((iteration, is_own_loss, statistics))
-        sums = statistics[:2].clone()  # tokens, KL to the old policy
-        self._pass_sums = sums if self._pass_sums is None else self._pass_sums + sums
+        if extension_setting(self.args, "target_kl") is not None:
+            sums = statistics[:2].clone()  # tokens, KL to the old policy
+            self._pass_sums = sums if self._pass_sums is None else self._pass_sums + sums
 
     def _observe_delegated_loss(self, inputs: dict[str, Any], per_token_logps: torch.Tensor, iteration: int) -> None:
-        mask = _loss_mask(inputs)
         old_per_token_logps = inputs.get("old_per_token_logps")
         log_ratio = per_token_logps - (per_token_logps if old_per_token_logps is None else old_per_token_logps)
-        advantages = inputs["advantages"]
-        if advantages.dim() == 1:
-            advantages = advantages.unsqueeze(1)
-        ratio = torch.exp(log_ratio)
-        is_low_clipped = (ratio < 1 - self.epsilon_low) & (advantages < 0)
-        is_high_clipped = (ratio > 1 + self.epsilon_high) & (advantages > 0)
-        statistics = micro_batch_statistics(mask, log_ratio, is_low_clipped, is_high_clipped)
-        self._observe(statistics, iteration, is_own_loss=False)
+        clipped = clip_binds(torch.exp(log_ratio), column_advantages(inputs), self.epsilon_low, self.epsilon_high)
+        self._observe(micro_batch_statistics(loss_mask(inputs), log_ratio, *clipped), iteration, is_own_loss=False)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and self._pending_statistics:
@@ -285,7 +293,6 @@ class MultiIterationMixin(_GRPOTrainer):
         self._pass_sums = None
         if stops or is_last:
             compat.append_metric(self, "rollouts/iterations_used", float(iteration))
-            self._rollouts = None
             compat.set_buffered_micro_batches(self, None)
 
     # Checkpoints
@@ -313,7 +320,7 @@ class MultiIterationMixin(_GRPOTrainer):
             self._load_rollouts(Path(checkpoint) / FOLDER)
 
     def _load_rollouts(self, folder: Path) -> None:
-        self._rollouts, self._pass_sums, self._window_position = None, None, 0
+        self._pass_sums, self._window_position = None, 0
         compat.set_buffered_micro_batches(self, None)
         # TRL would count from 0, and then generate in the middle of the passes over a batch of prompts.
         compat.set_step(self, self.state.global_step * self.args.gradient_accumulation_steps)
@@ -332,17 +339,17 @@ class MultiIterationMixin(_GRPOTrainer):
                 f"{rollout_files(folder, rank, num_ranks)[1]} is of step {state['global_step']}, this checkpoint of "
                 f"step {self.state.global_step}; delete the folder {str(folder)!r} to go on with fresh rollouts"
             )
-        if state["settings"] != self._batch_settings():
+        settings = self._batch_settings()
+        if state["settings"] != settings:
             changed = {
-                name: (value, self._batch_settings()[name])
+                name: (value, settings.get(name))
                 for name, value in state["settings"].items()
-                if value != self._batch_settings().get(name)
+                if value != settings.get(name)
             }
             logger.warning(f"Batch settings changed since the checkpoint ({changed}): going on with fresh rollouts.")
             return
         compat.set_step(self, state["step"])
         compat.set_buffered_micro_batches(self, rollouts)
-        self._rollouts = rollouts
         if state["pass_sums"] is not None:
             self._pass_sums = torch.tensor(state["pass_sums"], device=self.accelerator.device)
 
@@ -358,10 +365,3 @@ class MultiIterationMixin(_GRPOTrainer):
                 "num_generations",
             )
         }
-
-
-def _loss_mask(micro_batch: dict[str, Any]) -> torch.Tensor:
-    """1 for the tokens that count, `(B, C)`."""
-    if micro_batch.get("tool_mask") is None:
-        return micro_batch["completion_mask"]
-    return micro_batch["completion_mask"] * micro_batch["tool_mask"]

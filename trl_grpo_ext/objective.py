@@ -108,6 +108,13 @@ def clipped_surrogate(
     return torch.min(ratio * advantages, clipped * advantages)
 
 
+def clip_binds(
+    ratio: torch.Tensor, advantages: torch.Tensor, epsilon_low: float, epsilon_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the clip binds below and above, in the ratio's shape: where the ratio has moved far enough already."""
+    return (ratio < 1 - epsilon_low) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0)
+
+
 def k3_kl(per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor) -> torch.Tensor:
     """Unbiased, non-negative estimate of KL(policy || reference) at each token, in nats.
 
@@ -138,7 +145,7 @@ def gradient_coefficient(
     Raises:
         ValueError: If `beta` is not 0 and the log-probabilities are missing.
     """
-    binds = ((ratio > 1 + epsilon_high) & (advantages > 0)) | ((ratio < 1 - epsilon_low) & (advantages < 0))
+    binds = torch.logical_or(*clip_binds(ratio, advantages, epsilon_low, epsilon_high))
     if delta is not None:
         binds = binds | (ratio > delta)
     coefficient = torch.where(binds, 0.0, ratio * advantages)
@@ -273,12 +280,13 @@ class ClippedObjective:
             max_completion_length=self.max_completion_length,
         )
         ratio = ratio.detach()
+        is_low_clipped, is_high_clipped = clip_binds(ratio, advantages, self.epsilon_low, self.epsilon_high)
         return ObjectiveOutput(
             loss=loss,
             mask=mask,
             ratio=ratio,
-            is_low_clipped=(ratio < 1 - self.epsilon_low) & (advantages < 0),
-            is_high_clipped=(ratio > 1 + self.epsilon_high) & (advantages > 0),
+            is_low_clipped=is_low_clipped,
+            is_high_clipped=is_high_clipped,
             per_token_kl=None if per_token_kl is None else per_token_kl.detach(),
         )
 

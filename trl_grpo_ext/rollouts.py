@@ -36,6 +36,8 @@ class RolloutBuffer(Sequence[MicroBatch]):
             Number of micro-batches trained on when the rollouts were made.
 
     Attributes:
+        has_only_text (`bool`):
+            Whether each value is a tensor with an entry a row, so that rows can be moved (images have other shapes).
         num_skipped (`int`):
             Rows that [`skip_rows_without_gradient`] has left out.
     """
@@ -44,6 +46,11 @@ class RolloutBuffer(Sequence[MicroBatch]):
         self._micro_batches = [dict(micro_batch) for micro_batch in micro_batches]
         self.start_step = start_step
         self.num_skipped = 0
+        self.has_only_text = all(
+            isinstance(value, torch.Tensor) and (value.ndim == 0 or value.size(0) == _num_rows(micro_batch))
+            for micro_batch in self._micro_batches
+            for value in micro_batch.values()
+        ) and not any("pixel" in key or "token_type" in key for key in self._micro_batches[0])
         self._empty: set[int] = set()  # micro-batches that hold a placeholder
         self._used_widths: dict[int, int] = {}  # found once, because it costs a device synchronization
 
@@ -96,14 +103,6 @@ class RolloutBuffer(Sequence[MicroBatch]):
         micro_batch["old_per_token_logps"] = old
 
     # Rows
-
-    def has_only_text(self) -> bool:
-        """Whether each value is a tensor with an entry a row, so that rows can be moved (images have other shapes)."""
-        return all(
-            isinstance(value, torch.Tensor) and (value.ndim == 0 or value.size(0) == _num_rows(micro_batch))
-            for micro_batch in self._micro_batches
-            for key, value in micro_batch.items()
-        ) and not any("pixel" in key or "token_type" in key for key in self._micro_batches[0])
 
     def skip_rows_without_gradient(self, window: int) -> None:
         """Leave out the rows whose gradient is 0, and deal the others out evenly within each optimizer step.
@@ -196,15 +195,22 @@ class RolloutBuffer(Sequence[MicroBatch]):
         return buffer, content
 
 
+def loss_mask(rows: MicroBatch) -> torch.Tensor:
+    """1 for the tokens that count, `(B, C)`: of the completion, and not a tool's."""
+    if rows.get("tool_mask") is None:
+        return rows["completion_mask"]
+    return rows["completion_mask"] * rows["tool_mask"]
+
+
+def column_advantages(rows: MicroBatch) -> torch.Tensor:
+    """Advantages that broadcast over tokens: `(B, 1)`, or `(B, C)` where each token has one of its own."""
+    advantages = rows["advantages"]
+    return advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+
+
 def carries_gradient(rows: MicroBatch) -> torch.Tensor:
     """Which rows add anything to the gradient without a KL term: advantage not 0, and a token that counts. `(B,)`."""
-    mask = rows["completion_mask"].bool()
-    if rows.get("tool_mask") is not None:
-        mask = mask & rows["tool_mask"].bool()
-    advantages = rows["advantages"]
-    if advantages.dim() == 1:
-        advantages = advantages.unsqueeze(1)
-    return ((advantages != 0) & mask).any(dim=1)
+    return ((column_advantages(rows) != 0) & loss_mask(rows).bool()).any(dim=1)
 
 
 def _num_rows(rows: MicroBatch) -> int:
