@@ -4,10 +4,10 @@
     accelerate launch recipes/gsm8k.py --config recipes/configs/qwen2.5-0.5b.yaml       # a real model, GSM8K
     accelerate launch recipes/gsm8k.py --config ... --dataset_name path/to/train.jsonl  # GSM8K from a file
 
-Options are those of TRL's `GRPOConfig` and `ModelConfig` and of `RecipeArguments` below. Without `--config` the
-defaults come from `recipes/configs/offline-tiny.yaml`. Measures the accuracy on held-out problems before and after
-training and writes it to `<output_dir>/summary.json`. Exit status: 0 done, 1 a model or data set could not be had,
-2 wrong arguments.
+Options are those of `GRPOExtConfig` (TRL's `GRPOConfig` and this package's own), of TRL's `ModelConfig`, and of
+`RecipeArguments` below. Without `--config` the defaults come from `recipes/configs/offline-tiny.yaml`. Measures the
+accuracy on held-out problems before and after training and writes it to `<output_dir>/summary.json`. Exit status: 0
+done, 1 a model or data set could not be had, 2 wrong arguments.
 """
 
 import json
@@ -27,9 +27,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from yaml import YAMLError
 
+from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from trl_grpo_ext.embedded_policy import EMBEDDED_POLICY, embedded_policy_path
 from trl_grpo_ext.evaluation import Accuracy, evaluate
 from trl_grpo_ext.rewards import gsm8k_bundle, tag_bundle
@@ -104,10 +105,10 @@ def stop(status: int, message: object) -> NoReturn:
     sys.exit(status)
 
 
-def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, GRPOConfig, ModelConfig]:
+def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, GRPOExtConfig, ModelConfig]:
     if not any(argument == "--config" or argument.startswith("--config=") for argument in argv):
         argv = ["--config", str(DEFAULT_CONFIG), *argv]
-    parser = TrlParser([RecipeArguments, GRPOConfig, ModelConfig], description=__doc__.splitlines()[0])
+    parser = TrlParser([RecipeArguments, GRPOExtConfig, ModelConfig], description=__doc__.splitlines()[0])
     try:
         recipe_args, training_args, model_args = parser.parse_args_and_config(argv)
     except (ValueError, OSError, YAMLError) as error:
@@ -117,7 +118,7 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, GRPOConfig, Model
     return recipe_args, training_args, model_args
 
 
-def set_cpu_threads(training_args: GRPOConfig, threads: int | None) -> None:
+def set_cpu_threads(training_args: GRPOExtConfig, threads: int | None) -> None:
     """Use all cores of a CPU: `accelerate launch` leaves each process a single thread."""
     if training_args.device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -166,7 +167,7 @@ def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool) -> PreTrain
     return tokenizer
 
 
-def find_checkpoint(training_args: GRPOConfig) -> str | None:
+def find_checkpoint(training_args: GRPOExtConfig) -> str | None:
     """The checkpoint to go on from: a folder, or with 'latest' (or 'true') the newest one in the output folder."""
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() in ("", "false", "none"):
@@ -248,7 +249,7 @@ def main(argv: list[str]) -> None:
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    trainer = GRPOTrainer(
+    trainer = GRPOExtTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=bundle,
         args=training_args,

@@ -157,7 +157,7 @@ def evaluate(
     batch_size: int = 64,
     seed: int = 0,
     accelerator: Accelerator | None = None,
-    description: str = "Evaluating",
+    description: str | None = "Evaluating",
 ) -> Accuracy:
     """Measure a policy's accuracy on problems with the columns `prompt` and `answer`.
 
@@ -178,8 +178,8 @@ def evaluate(
             Seed of the samples.
         accelerator (`Accelerator`, *optional*):
             Where there are several processes: each takes its share of the problems, and all return the same figures.
-        description (`str`, *optional*, defaults to `"Evaluating"`):
-            Label of the progress bar.
+        description (`str` or `None`, *optional*, defaults to `"Evaluating"`):
+            Label of the progress bar; `None` shows none.
 
     Returns:
         `Accuracy`:
@@ -198,7 +198,12 @@ def evaluate(
     texts: list[list[list[str]]] = []
     with (
         _undisturbed(model, seed + process_index),
-        tqdm(total=len(share) * len(runs), desc=description, unit="problem", disable=process_index != 0) as progress,
+        tqdm(
+            total=len(share) * len(runs),
+            desc=description,
+            unit="problem",
+            disable=process_index != 0 or description is None,
+        ) as progress,
     ):
         for temperature, num_samples in runs:
             texts.append(
