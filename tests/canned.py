@@ -81,13 +81,22 @@ def canned_config(output_dir, config_class=GRPOConfig, **options):
 
 
 @dataclass
+class Forward:
+    """A forward of some rows with so many tokens altogether, padding included."""
+
+    rows: int
+    tokens: int
+    has_gradient: bool
+
+
+@dataclass
 class Run:
     """What a training run left behind."""
 
     trainer: object
     weights: dict[str, torch.Tensor]
     log: list[dict[str, float]]
-    forwards: list[tuple[int, bool]]  # of each forward through the policy: rows, and whether it is for the gradient
+    forwards: list[Forward]  # through the policy
     exact_grad_norms: list[float]
 
     def metric(self, name: str) -> list[float]:
@@ -110,7 +119,7 @@ def train_canned(trainer_class, args, model, *, tool_masks=False, resume=None, c
 
     On one thread: the models are so small that a second one only waits.
     """
-    forwards: list[tuple[int, bool]] = []
+    forwards: list[Forward] = []
     norms = ExactGradNorms()
     trainer = trainer_class(
         model=model,
@@ -123,7 +132,9 @@ def train_canned(trainer_class, args, model, *, tool_masks=False, resume=None, c
         **options,
     )
     trainer.model.register_forward_pre_hook(
-        lambda module, positional, named: forwards.append((len(named["input_ids"]), torch.is_grad_enabled())),
+        lambda module, positional, named: forwards.append(
+            Forward(len(named["input_ids"]), named["input_ids"].numel(), torch.is_grad_enabled())
+        ),
         with_kwargs=True,
     )
     threads = torch.get_num_threads()

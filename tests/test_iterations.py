@@ -50,6 +50,10 @@ def run(trainer_class, policy, output_dir, config_class=GRPOConfig, **options):
     return train_canned(trainer_class, canned_config(output_dir, config_class, **options), policy, **passed)
 
 
+class PaddedTrainer(MultiIterationMixin, GRPOTrainer):
+    """Without packing: a forward's rows are those of the micro-batch."""
+
+
 def steps_of_two_generations(mu, accumulation, per_generation):
     return math.ceil(2 * mu * per_generation / accumulation) + 1
 
@@ -80,6 +84,7 @@ def test_every_loss_has_trls_gradient(policy, start, tmp_path, number, loss_type
         policy,
         start,
         tmp_path,
+        ours=(GRPOExtTrainer, PaddedTrainer)[number // 4 % 2],
         loss_type=loss_type,
         importance_sampling_level=level,
         beta=beta,
@@ -109,6 +114,7 @@ def test_every_schedule_has_trls_gradient(policy, start, tmp_path, number, sched
         policy,
         start,
         tmp_path,
+        ours=(GRPOExtTrainer, PaddedTrainer)[number // 6 % 2],
         loss_type=loss_type,
         num_iterations=mu,
         gradient_accumulation_steps=accumulation,
@@ -136,7 +142,7 @@ def test_every_feature_has_trls_gradient(policy, start, tmp_path, loss_type, fea
 
 
 def forwards(run, for_gradient):
-    return [rows for rows, is_for_gradient in run.forwards if is_for_gradient == for_gradient]
+    return [forward.rows for forward in run.forwards if forward.has_gradient == for_gradient]
 
 
 @pytest.mark.parametrize(
@@ -156,8 +162,8 @@ def test_old_policy_forwards(policy, tmp_path, schedule, extra_rows):
         "max_steps": mu * per_generation // accumulation or 1,
         "skip_zero_advantage": False,
     }
-    ours = run(GRPOExtTrainer, policy, tmp_path / "ours", GRPOExtConfig, **options)
-    without = run(GRPOExtTrainer, policy, tmp_path / "off", GRPOExtConfig, reuse_first_pass_logps=False, **options)
+    ours = run(PaddedTrainer, policy, tmp_path / "ours", GRPOExtConfig, **options)
+    without = run(PaddedTrainer, policy, tmp_path / "off", GRPOExtConfig, reuse_first_pass_logps=False, **options)
     assert len(forwards(ours, True)) == len(forwards(without, True))
     generations = ours.trainer.rollout_func.num_calls
     assert forwards(without, False) == [ROWS] * per_generation * generations  # all rows, as in TRL
@@ -173,11 +179,11 @@ def test_dropout_takes_the_forward(policy, start, tmp_path):
     options = {"num_iterations": 2, "max_steps": 2}
     lora = LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False)
     every_row = {"skip_zero_advantage": False}  # with other rows in a micro-batch, dropout hits other rows
-    dropped = run(GRPOExtTrainer, policy, tmp_path / "a", GRPOExtConfig, peft_config=lora, **every_row, **options)
+    dropped = run(PaddedTrainer, policy, tmp_path / "a", GRPOExtConfig, peft_config=lora, **every_row, **options)
     assert len(forwards(dropped, False)) == dropped.trainer.rollout_func.num_calls
     expected = run(GRPOTrainer, policy, tmp_path / "b", peft_config=lora, **options)
     assert dropped.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5)
-    kept = run(GRPOExtTrainer, policy, tmp_path / "c", peft_config=LoraConfig(r=2, init_lora_weights=False), **options)
+    kept = run(PaddedTrainer, policy, tmp_path / "c", peft_config=LoraConfig(r=2, init_lora_weights=False), **options)
     assert forwards(kept, False) == []
 
 
@@ -191,7 +197,7 @@ def test_rows_without_a_gradient_are_not_computed(policy, start, tmp_path, loss_
         "max_steps": 8,
         "mask_truncated_completions": True,
     }
-    expected, ours = check_parity(policy, start, tmp_path, **options)
+    expected, ours = check_parity(policy, start, tmp_path, ours=PaddedTrainer, **options)
     assert len(forwards(ours, True)) == len(forwards(expected, True))
     assert sum(forwards(ours, True)) < 0.8 * sum(forwards(expected, True))
     # spread evenly: the two micro-batches of an optimizer step differ by one row at most
@@ -201,7 +207,7 @@ def test_rows_without_a_gradient_are_not_computed(policy, start, tmp_path, loss_
 
 @pytest.mark.parametrize("options", [{"loss_type": "bnpo"}, {"beta": 0.04}, {"loss_type": "cispo"}], ids=str)
 def test_rows_that_something_else_needs_are_computed(policy, tmp_path, options):
-    ours = run(GRPOExtTrainer, policy, tmp_path, num_iterations=2, max_steps=6, **options)
+    ours = run(PaddedTrainer, policy, tmp_path, num_iterations=2, max_steps=6, **options)
     assert set(forwards(ours, True)) == {ROWS}
 
 
@@ -211,7 +217,7 @@ def test_metrics_are_trls(policy, tmp_path):
     for level in ("token", "sequence"):
         options["importance_sampling_level"] = level
         expected = run(GRPOTrainer, policy, tmp_path / "theirs", **options)
-        ours = run(GRPOExtTrainer, policy, tmp_path / "ours", **options)
+        ours = run(PaddedTrainer, policy, tmp_path / "ours", **options)
         for theirs, mine in zip(expected.log, ours.log, strict=True):
             for name in theirs.keys() - {"step_time"}:
                 if not name.startswith("train_"):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from canned import canned_config, train_canned
+from hypothesis import given
+from hypothesis import strategies as st
 from launch import two_process_launcher
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -55,7 +57,7 @@ def rows_of(buffer):
 )
 def test_rows_without_a_gradient(advantages, window, expected):
     buffer = RolloutBuffer(micro_batches(advantages))
-    buffer.skip_rows_without_gradient(window)
+    buffer.arrange(window, skip_zero_advantage=True, by_prompt=False)
     assert rows_of(buffer) == expected
     assert buffer.num_skipped == sum(advantage == 0 for advantage in advantages)
     live = {row for row, advantage in enumerate(advantages) if advantage}
@@ -67,6 +69,74 @@ def test_rows_without_a_gradient(advantages, window, expected):
             assert not micro_batch["completion_mask"].any()
             assert micro_batch["prompt_mask"].all()
         assert not carries_gradient(micro_batch).all() or row in live
+
+
+def prompts_and_lengths(rows, per_batch, columns=10, prompt_columns=10):
+    """Micro-batches of rows (prompt's number, its length, the completion's length); completion ids are row numbers."""
+    numbers = torch.arange(len(rows)).unsqueeze(1)
+    prompt, length, completion = (torch.tensor(column).unsqueeze(1) for column in zip(*rows, strict=True))
+    whole = {
+        "prompt_ids": prompt.repeat(1, prompt_columns),
+        "prompt_mask": (torch.arange(prompt_columns) >= prompt_columns - length).long(),
+        "completion_ids": numbers.repeat(1, columns),
+        "completion_mask": (torch.arange(columns) < completion).long(),
+        "advantages": torch.ones(len(rows)),
+    }
+    return [{key: value[i : i + per_batch] for key, value in whole.items()} for i in range(0, len(rows), per_batch)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "per_batch", "window", "expected"),
+    [
+        pytest.param(  # two prompts that TRL has shuffled
+            [(0, 5, 4), (1, 5, 3), (1, 5, 3), (0, 5, 4)], 2, 2, [[0, 3], [1, 2]], id="groups come together"
+        ),
+        pytest.param(
+            [(0, 5, 4), (1, 5, 3), (1, 5, 3), (0, 5, 4)], 2, 1, [[0, 1], [2, 3]], id="not across optimizer steps"
+        ),
+        pytest.param(  # 6 + 9 = 15 tokens, 14, 10: the last ones go to the lightest
+            [(0, 6, 9), (1, 5, 9), (2, 6, 4), (3, 4, 1)], 2, 2, [[0, 3], [1, 2]], id="balanced by tokens"
+        ),
+        pytest.param(  # 2 + 4 x 10 tokens: halves are worth the second prompt
+            [(0, 2, 10)] * 4, 2, 2, [[0, 1], [2, 3]], id="a group is halved"
+        ),
+        pytest.param(  # 10 + 4 x 1 tokens: they are not, a micro-batch stays empty
+            [(0, 10, 1)] * 4, 2, 2, [[0, 1, 2, 3], [0]], id="a long prompt is computed once"
+        ),
+        pytest.param(  # more than the 2 x 20 tokens of a padded micro-batch
+            [(0, 10, 10)] * 4, 2, 2, [[0, 1], [2, 3]], id="no more tokens than with padding"
+        ),
+        pytest.param(  # a row each is all there is to do
+            [(0, 10, 10), (1, 10, 10), (2, 10, 10)], 1, 3, [[0], [1], [2]], id="full rows"
+        ),
+    ],
+)
+def test_rows_by_prompt(rows, per_batch, window, expected):
+    buffer = RolloutBuffer(prompts_and_lengths(rows, per_batch))
+    buffer.arrange(window, skip_zero_advantage=False, by_prompt=True)
+    assert [sorted(share) for share in rows_of(buffer)] == expected
+    assert buffer.num_skipped == 0
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 10)), min_size=12, max_size=12),
+    st.sampled_from([1, 2, 3, 4, 6]),
+)
+def test_rows_by_prompt_lose_nothing(rows, per_batch):
+    rows = [(prompt, (3, 10, 1, 7)[prompt], completion) for prompt, completion in rows]
+    buffer = RolloutBuffer(prompts_and_lengths(rows, per_batch))
+    before = torch.cat([batch["completion_mask"].sum(1) for batch in buffer])
+    buffer.arrange(len(buffer), skip_zero_advantage=False, by_prompt=True)
+    found = {}
+    for batch in buffer:
+        tokens = int(batch["completion_mask"].sum())
+        for prompt in set(batch["prompt_ids"][:, -1].tolist()):
+            tokens += int(batch["prompt_mask"][batch["prompt_ids"][:, -1] == prompt][0].sum())
+        assert tokens <= buffer.padded_tokens == 20 * per_batch
+        for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True):
+            if batch["completion_ids"].shape != (1, 1):
+                found[int(ids[0])] = int(mask.sum())
+    assert found == dict(enumerate(before.tolist()))
 
 
 def test_rows_without_a_token_have_no_gradient():
@@ -102,11 +172,11 @@ def test_iterations_and_distances():
 
 def test_shuffle_keeps_every_row():
     buffer = RolloutBuffer(micro_batches([1.0, 0, 1, 1, 0, 0, 0, 1]))
-    buffer.skip_rows_without_gradient(1)
+    buffer.arrange(1, skip_zero_advantage=True, by_prompt=False)
     torch.manual_seed(0)
     seen = set()
     for _ in range(20):
-        buffer.shuffle()
+        buffer.shuffle(1, by_prompt=False)
         live = [micro_batch for micro_batch in buffer if micro_batch["completion_mask"].any()]
         rows = [row for micro_batch in live for row in micro_batch["completion_ids"][:, 0].tolist()]
         assert sorted(rows) == [0, 2, 3, 7]

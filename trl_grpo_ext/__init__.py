@@ -2,6 +2,7 @@
 
 - [`trl_grpo_ext.rewards`]: reward functions and bundles, usable in any TRL pipeline;
 - [`MultiIterationMixin`], [`GRPOExtTrainer`], [`GRPOExtConfig`]: several passes over one batch of rollouts;
+- [`SharedPrefixMixin`]: an update that computes each prompt once and no padding, with the same gradient;
 - [`trl_grpo_ext.objective`]: the clipped objective as pure functions;
 - [`trl_grpo_ext.tasks`]: GSM8K, and word problems made from a seed;
 - [`trl_grpo_ext.evaluation`]: strict, flexible and sampled accuracy;
@@ -17,12 +18,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import GRPOExtConfig
     from .iterations import MultiIterationMixin
+    from .shared_prefix import SharedPrefixMixin
     from .trainer import GRPOExtTrainer
 
 __version__ = "0.1.0"
-__all__ = ["GRPOExtConfig", "GRPOExtTrainer", "MultiIterationMixin"]
+__all__ = ["GRPOExtConfig", "GRPOExtTrainer", "MultiIterationMixin", "SharedPrefixMixin"]
 
-_MODULES = {"GRPOExtConfig": "config", "GRPOExtTrainer": "trainer", "MultiIterationMixin": "iterations"}
+_MODULES = {
+    "GRPOExtConfig": "config",
+    "GRPOExtTrainer": "trainer",
+    "MultiIterationMixin": "iterations",
+    "SharedPrefixMixin": "shared_prefix",
+}
 
 
 def __getattr__(name: str) -> Any:

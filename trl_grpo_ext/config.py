@@ -28,6 +28,9 @@ class GRPOExtConfig(GRPOConfig):
             Keep the rollouts in checkpoints, so that a run stopped between two passes ends where it would have.
         reshuffle_iterations (`bool`, *optional*, defaults to `False`):
             Deal the rows out to the micro-batches anew before each pass but the first.
+        shared_prefix (`str`, *optional*, defaults to `"auto"`):
+            Compute each prompt once for all its completions, and no padding: `"auto"` where the model and the batch
+            allow it, `"on"` or an error that says why not, `"off"` never. Loss and gradient are the same.
     """
 
     reuse_first_pass_logps: bool = field(
@@ -46,6 +49,15 @@ class GRPOExtConfig(GRPOConfig):
     save_rollouts: bool = field(default=True, metadata={"help": "Keep the rollouts in checkpoints."})
     reshuffle_iterations: bool = field(
         default=False, metadata={"help": "Deal the rows out to the micro-batches anew before each pass."}
+    )
+
+    shared_prefix: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute each prompt once for all its completions, and no padding; the gradient is the same. "
+            "'auto': where it can be done; 'on': or raise an error that says why not; 'off': never.",
+            "choices": ["auto", "on", "off"],
+        },
     )
 
     def __post_init__(self) -> None:
@@ -81,5 +93,8 @@ def check_settings(args: GRPOConfig) -> None:
             "reshuffle_iterations=True deals rows out anew between passes, and num_iterations=1 makes a single one: "
             "set num_iterations to 2 or more"
         )
+    shared_prefix = extension_setting(args, "shared_prefix")
+    if shared_prefix not in ("auto", "on", "off"):
+        raise ValueError(f"shared_prefix must be 'auto', 'on' or 'off', got {shared_prefix!r}")
     if args.num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1, got {args.num_iterations!r}")

@@ -22,6 +22,7 @@ from .rollouts import (
     rollout_files,
     save_no_rollouts,
 )
+from .shared_prefix.mixin import SharedPrefixMixin
 
 
 logger = get_logger(__name__)
@@ -84,7 +85,7 @@ class MultiIterationMixin(_GRPOTrainer):
             and extension_setting(self.args, "reshuffle_iterations")
             and rollouts.has_only_text
         ):
-            rollouts.shuffle()
+            rollouts.shuffle(self._window_within_rollouts() or 1, by_prompt=self._arranges_by_prompt(rollouts))
         super()._prepare_inputs(generation_batch)
         rollouts = self._rollouts
         if rollouts is None:  # TRL has just generated
@@ -96,14 +97,11 @@ class MultiIterationMixin(_GRPOTrainer):
     def _new_rollouts(self, micro_batches: Sequence[dict[str, Any]], step: int) -> RolloutBuffer:
         rollouts = RolloutBuffer(micro_batches, start_step=step)
         window = self._window_within_rollouts()
-        if (
-            window is not None
-            and extension_setting(self.args, "skip_zero_advantage")
-            and self.beta == 0.0
-            and self.loss_type in ("grpo", "dr_grpo", "dapo")  # bnpo divides by what is in the micro-batch
-            and self._computes_own_loss(rollouts)
-        ):
-            rollouts.skip_rows_without_gradient(window)
+        skips = self.beta == 0.0 and extension_setting(self.args, "skip_zero_advantage")
+        by_prompt = self._arranges_by_prompt(rollouts)
+        if window is not None and self._may_move_rows(rollouts) and (skips or by_prompt):
+            rollouts.arrange(window, skip_zero_advantage=skips, by_prompt=by_prompt)
+            compat.append_metric(self, "update/rows_skipped", float(rollouts.num_skipped))
         if compat.takes_old_policy_forward(self):
             until_optimizer_step = self.current_gradient_accumulation_steps - self._window_position
             with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
@@ -111,6 +109,14 @@ class MultiIterationMixin(_GRPOTrainer):
                     if rollouts.needs_old_logps(index) and rollouts.micro_batches_until(index) >= until_optimizer_step:
                         rollouts.set_old_logps(index, self._forward(self.model, rollouts[index])[0])
         return rollouts
+
+    def _may_move_rows(self, rollouts: RolloutBuffer) -> bool:
+        """Whether the loss is the same however the rows of an optimizer step are dealt out to micro-batches."""
+        # bnpo divides by what is in the micro-batch
+        return self.loss_type in ("grpo", "dr_grpo", "dapo") and self._computes_own_loss(rollouts)
+
+    def _arranges_by_prompt(self, rollouts: RolloutBuffer) -> bool:
+        return isinstance(self, SharedPrefixMixin) and self._may_move_rows(rollouts) and self.packs(rollouts[0])
 
     def _window_within_rollouts(self) -> int | None:
         """Micro-batches of an optimizer step within a pass; `None` if passes and optimizer steps do not line up."""

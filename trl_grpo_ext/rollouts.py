@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -39,7 +40,9 @@ class RolloutBuffer(Sequence[MicroBatch]):
         has_only_text (`bool`):
             Whether each value is a tensor with an entry a row, so that rows can be moved (images have other shapes).
         num_skipped (`int`):
-            Rows that [`skip_rows_without_gradient`] has left out.
+            Rows that [`~RolloutBuffer.arrange`] has left out.
+        padded_tokens (`int`):
+            Tokens of a micro-batch as TRL made it, padding included.
     """
 
     def __init__(self, micro_batches: Sequence[MicroBatch], start_step: int = 0) -> None:
@@ -51,6 +54,8 @@ class RolloutBuffer(Sequence[MicroBatch]):
             for micro_batch in self._micro_batches
             for value in micro_batch.values()
         ) and not any("pixel" in key or "token_type" in key for key in self._micro_batches[0])
+        first = self._micro_batches[0]
+        self.padded_tokens = int(first["prompt_ids"].numel() + first["completion_ids"].numel())
         self._empty: set[int] = set()  # micro-batches that hold a placeholder
         self._used_widths: dict[int, int] = {}  # found once, because it costs a device synchronization
 
@@ -104,8 +109,8 @@ class RolloutBuffer(Sequence[MicroBatch]):
 
     # Rows
 
-    def skip_rows_without_gradient(self, window: int) -> None:
-        """Leave out the rows whose gradient is 0, and deal the others out evenly within each optimizer step.
+    def arrange(self, window: int, *, skip_zero_advantage: bool, by_prompt: bool) -> None:
+        """Deal the rows of each optimizer step out to its micro-batches anew.
 
         A micro-batch that gets no row keeps one of a single prompt token and a single completion token that does not
         count: its loss is 0, and it takes part in every forward, backward and collective call.
@@ -113,28 +118,42 @@ class RolloutBuffer(Sequence[MicroBatch]):
         Args:
             window (`int`):
                 Micro-batches of an optimizer step. Rows stay within consecutive runs of so many micro-batches.
+            skip_zero_advantage (`bool`):
+                Leave out the rows whose gradient is 0.
+            by_prompt (`bool`):
+                Bring the rows of a prompt together, for a forward that computes the prompt once; no micro-batch gets
+                more tokens than one had with padding. Otherwise micro-batches get equally many rows.
         """
         for start in range(0, len(self), window):
             micro_batches = self._micro_batches[start : start + window]
             rows = _concatenate(micro_batches)
-            live = carries_gradient(rows).nonzero().flatten()
-            self.num_skipped += _num_rows(rows) - len(live)
-            self._deal(rows, live, range(start, start + len(micro_batches)))
+            order = torch.arange(_num_rows(rows))
+            if skip_zero_advantage:
+                order = carries_gradient(rows).nonzero().flatten().cpu()
+                self.num_skipped += _num_rows(rows) - len(order)
+            self._deal(rows, order, range(start, start + len(micro_batches)), by_prompt)
 
-    def shuffle(self) -> None:
-        """Deal all rows out to the micro-batches anew, at random (torch's generator on the CPU).
+    def shuffle(self, window: int, *, by_prompt: bool) -> None:
+        """Deal all rows out to the optimizer steps anew, at random (torch's generator on the CPU).
 
         Not while the old policy's log-probabilities are known for some rows only, which is so when passes began in the
-        middle of a batch.
+        middle of a batch. The arguments are those of [`~RolloutBuffer.arrange`].
         """
         full = [micro_batch for index, micro_batch in enumerate(self._micro_batches) if index not in self._empty]
         if full and all(micro_batch.keys() == full[0].keys() for micro_batch in full):
             rows = _concatenate(full)
-            self._deal(rows, torch.randperm(_num_rows(rows)), range(len(self)))
+            starts = range(0, len(self), window)
+            for start, order in zip(
+                starts, torch.tensor_split(torch.randperm(_num_rows(rows)), len(starts)), strict=True
+            ):
+                self._deal(rows, order, range(start, min(start + window, len(self))), by_prompt)
 
-    def _deal(self, rows: MicroBatch, order: torch.Tensor, targets: range) -> None:
-        """Give the micro-batches `targets` the rows `order`, as evenly as can be."""
-        for index, indices in zip(targets, torch.tensor_split(order, len(targets)), strict=True):
+    def _deal(self, rows: MicroBatch, order: torch.Tensor, targets: range, by_prompt: bool) -> None:
+        """Give the micro-batches `targets` the rows `order`."""
+        shares = torch.tensor_split(order, len(targets))
+        if by_prompt:
+            shares = _shares_by_prompt(rows, order.tolist(), len(targets), self.padded_tokens) or shares
+        for index, indices in zip(targets, shares, strict=True):
             self._micro_batches[index] = _select(rows, indices) if len(indices) else _empty_row(rows)
             self._used_widths.pop(index, None)
             (self._empty.discard if len(indices) else self._empty.add)(index)
@@ -163,6 +182,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
             "format": FORMAT,
             "start_step": self.start_step,
             "num_skipped": self.num_skipped,
+            "padded_tokens": self.padded_tokens,
             "empty": sorted(self._empty),
             "micro_batches": others,
             **state,
@@ -190,7 +210,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
             index, _, key = name.partition(".")
             micro_batches[int(index)][key] = tensor.to(device)
         buffer = cls(micro_batches, content["start_step"])
-        buffer.num_skipped = content["num_skipped"]
+        buffer.num_skipped, buffer.padded_tokens = content["num_skipped"], content["padded_tokens"]
         buffer._empty = set(content["empty"])
         return buffer, content
 
@@ -211,6 +231,81 @@ def column_advantages(rows: MicroBatch) -> torch.Tensor:
 def carries_gradient(rows: MicroBatch) -> torch.Tensor:
     """Which rows add anything to the gradient without a KL term: advantage not 0, and a token that counts. `(B,)`."""
     return ((column_advantages(rows) != 0) & loss_mask(rows).bool()).any(dim=1)
+
+
+# A group is dealt out in two parts, and its prompt computed twice, where that costs at most this share of its tokens.
+_COST_OF_A_SPLIT = 0.1
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one prompt, and the tokens of a forward that computes the prompt once."""
+
+    rows: list[int]
+    prompt_tokens: int
+    completion_tokens: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + sum(self.completion_tokens)
+
+    def halves(self) -> list["_Part"]:
+        middle = len(self.rows) // 2
+        return [
+            _Part(self.rows[half], self.prompt_tokens, self.completion_tokens[half])
+            for half in (slice(None, middle), slice(middle, None))
+        ]
+
+
+def _shares_by_prompt(
+    rows: MicroBatch, order: list[int], num_shares: int, most_tokens: int
+) -> tuple[torch.Tensor, ...] | None:
+    """Rows dealt out so that those of a prompt stay together and shares have about equally many tokens.
+
+    Whole groups go to the lightest share, the heaviest first. They are halved while that is cheap and there are fewer
+    than shares, and as long as a share has more than `most_tokens`.
+
+    Returns:
+        `tuple[torch.Tensor, ...]` or `None`:
+            Indices of rows for each share; `None` if they cannot be kept below `most_tokens`.
+    """
+    prompt_lengths = rows["prompt_mask"].sum(1).tolist()
+    completion_lengths = rows["completion_mask"].sum(1).tolist()
+    prompts = rows["prompt_ids"].masked_fill(rows["prompt_mask"] == 0, -1).cpu()
+    parts: dict[tuple[int, ...], _Part] = {}
+    for row in order:
+        prompt = tuple(prompts[row].tolist())
+        part = parts.setdefault(prompt, _Part([], prompt_lengths[row], []))
+        part.rows.append(row)
+        part.completion_tokens.append(completion_lengths[row])
+    pieces = list(parts.values())
+
+    def halve_heaviest(where: Callable[[_Part], bool]) -> bool:
+        """Halve the heaviest part that has two rows and meets a condition; whether there was one."""
+        divisible = [part for part in pieces if len(part.rows) > 1 and where(part)]
+        if not divisible:
+            return False
+        heaviest = max(divisible, key=lambda part: part.tokens)
+        pieces.remove(heaviest)
+        pieces.extend(heaviest.halves())
+        return True
+
+    def is_cheap(part: _Part) -> bool:
+        return part.prompt_tokens <= _COST_OF_A_SPLIT * part.tokens
+
+    while len(pieces) < num_shares and halve_heaviest(is_cheap):
+        pass
+    while True:
+        shares: list[list[int]] = [[] for _ in range(num_shares)]
+        loads = [0] * num_shares
+        for part in sorted(pieces, key=lambda part: -part.tokens):
+            lightest = loads.index(min(loads))
+            shares[lightest] += part.rows
+            loads[lightest] += part.tokens
+        if max(loads) <= most_tokens:
+            return tuple(torch.tensor(share, dtype=torch.long) for share in shares)
+        if not halve_heaviest(lambda part: True):
+            return None
 
 
 def _num_rows(rows: MicroBatch) -> int:

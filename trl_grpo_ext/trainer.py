@@ -6,10 +6,13 @@ from trl import GRPOTrainer
 
 from .config import GRPOExtConfig
 from .iterations import MultiIterationMixin
+from .shared_prefix import SharedPrefixMixin
 
 
-class GRPOExtTrainer(MultiIterationMixin, GRPOTrainer):
-    """`trl.GRPOTrainer` with multi-iteration clipping; arguments are the same, `args` a [`GRPOExtConfig`].
+class GRPOExtTrainer(MultiIterationMixin, SharedPrefixMixin, GRPOTrainer):
+    """`trl.GRPOTrainer` with multi-iteration clipping and a shared prefix.
+
+    Arguments are the same, with a [`GRPOExtConfig`] for `args`.
 
     Example:
     ```python

@@ -1,0 +1,421 @@
+"""The packed forward against a forward of each row by itself, and whole runs against TRL's."""
+
+import pytest
+import torch
+from canned import canned_config, canned_prompts, canned_reward, relative_difference, train_canned
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from tiny import tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GptOssConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    set_seed,
+)
+from transformers.models.llama.modeling_llama import LlamaAttention
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_grpo_ext.config import GRPOExtConfig
+from trl_grpo_ext.shared_prefix import SharedPrefixMixin, attention
+from trl_grpo_ext.shared_prefix.attention import NAME, Segments
+from trl_grpo_ext.shared_prefix.layout import packed_layout
+from trl_grpo_ext.shared_prefix.mixin import find_obstacle
+from trl_grpo_ext.trainer import GRPOExtTrainer
+
+
+class PackingTrainer(SharedPrefixMixin, GRPOTrainer):
+    pass
+
+
+TOKENS = {"vocab_size": 259, "bos_token_id": None, "eos_token_id": 258, "pad_token_id": 256}
+SHAPE = {
+    **TOKENS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SHAPE),
+    "llama, a key head for each": LlamaConfig(**{**SHAPE, "num_key_value_heads": 4}),
+    "llama, one key head": LlamaConfig(**{**SHAPE, "num_key_value_heads": 1, "head_dim": 24}),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "gemma": GemmaConfig(**SHAPE, head_dim=8),
+    "gemma3": Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=256),
+    "mistral": MistralConfig(**SHAPE, sliding_window=None),
+    "phi3": Phi3Config(**SHAPE),
+}
+
+
+def make_model(config, seed=0):
+    set_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # norms and biases too: logits that differ
+    return model
+
+
+def make_trainer(model, tmp_path, trainer_class=PackingTrainer, **options):
+    config_class = GRPOExtConfig if trainer_class is not GRPOTrainer else GRPOConfig
+    return trainer_class(
+        model=model,
+        reward_funcs=canned_reward,
+        args=canned_config(tmp_path, config_class, **options),
+        train_dataset=canned_prompts(),
+        processing_class=tiny_tokenizer(),
+    )
+
+
+# (prompt's number, its length, the completion's length): prompts apart from each other, empty and short completions
+ROWS = [(0, 5, 7), (1, 1, 3), (0, 5, 1), (2, 90, 70), (1, 1, 0), (2, 90, 66), (0, 5, 12), (3, 2, 2)]
+
+
+def make_rows(rows=ROWS, seed=0):
+    """Prompts and completions as TRL lays them out: token ids, mask, columns of the completions."""
+    numbers = torch.Generator().manual_seed(seed)
+    prompt_width, width = max(row[1] for row in rows) + 1, max(row[2] for row in rows) + 1
+    prompts = torch.randint(0, 256, (8, 128), generator=numbers)
+    ids = torch.full((len(rows), prompt_width + width), 256)
+    mask = torch.zeros_like(ids)
+    for index, (prompt, length, completion) in enumerate(rows):
+        places = slice(prompt_width - length, prompt_width + completion)
+        ids[index, places] = torch.cat(
+            [prompts[prompt, :length], torch.randint(0, 256, (completion,), generator=numbers)]
+        )
+        mask[index, places] = 1
+    return ids, mask, width
+
+
+def by_row(model, ids, mask, width, temperature=1.0):
+    """The oracle: each row by itself, without padding, through the plain forward."""
+    logps, entropies = torch.zeros(len(ids), width), torch.zeros(len(ids), width)
+    for row in range(len(ids)):
+        length = int(mask[row, -width:].sum())
+        tokens = ids[row][mask[row].bool()]
+        logits = model(tokens.unsqueeze(0)).logits[0].float() / temperature
+        distribution = torch.log_softmax(logits, dim=-1)[:-1][-length:] if length else logits[:0]
+        logps[row, :length] = distribution.gather(1, tokens[len(tokens) - length :].unsqueeze(1)).squeeze(1)
+        entropies[row, :length] = -(distribution.exp() * distribution).sum(-1)
+    return logps, entropies
+
+
+def gradients(model, logps, entropies):
+    """Of a sum in which each value has a weight of its own."""
+    numbers = torch.Generator().manual_seed(1)
+    weights = torch.randn(2, *logps.shape, generator=numbers)
+    model.zero_grad()
+    (weights[0] * logps + weights[1] * entropies).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    """Each tensor by itself; where one is almost 0, relative to a hundredth of the largest."""
+    assert found.keys() == expected.keys()
+    norms = {name: value.double().norm() for name, value in expected.items()}
+    for name, norm in norms.items():
+        difference = (found[name].double() - expected[name].double()).norm()
+        assert difference <= tolerance * max(norm, max(norms.values()) / 100), name
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logps_entropies_and_gradients(family, temperature, tmp_path):
+    ids, mask, width = make_rows()
+    oracle = make_model(FAMILIES[family])
+    expected = by_row(oracle, ids, mask, width, temperature)
+    trainer = make_trainer(make_model(FAMILIES[family]), tmp_path, shared_prefix="on", temperature=temperature)
+    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, mask, width, compute_entropy=True
+    )
+    assert trainer._packs
+    assert_close({"logps": logps, "entropies": entropies}, {"logps": expected[0], "entropies": expected[1]})
+    assert_close(gradients(trainer.model, logps, entropies), gradients(oracle, *expected))
+
+
+@pytest.mark.parametrize("rows", [[(0, 3, 4)], [(0, 1, 1)], [(0, 3, 0), (1, 2, 0)], [(0, 4, 3), (1, 4, 3)]])
+def test_few_rows(rows, tmp_path):
+    ids, mask, width = make_rows(rows)
+    oracle = make_model(FAMILIES["qwen2"])
+    expected = by_row(oracle, ids, mask, width)
+    trainer = make_trainer(make_model(FAMILIES["qwen2"]), tmp_path, shared_prefix="on")
+    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, mask, width, compute_entropy=True
+    )
+    assert_close({"logps": logps, "entropies": entropies}, {"logps": expected[0], "entropies": expected[1]})
+    found = gradients(trainer.model, logps, entropies)  # a whole micro-batch without a token has a gradient of 0
+    if mask[:, -width:].any():
+        assert_close(found, gradients(oracle, *expected))
+    else:
+        assert found
+        assert all(not gradient.any() for gradient in found.values())
+
+
+def test_chunks_of_a_forward_without_gradient(tmp_path):
+    """TRL asks for old and reference log-probabilities of many rows, so many at a time."""
+    ids, mask, width = make_rows()
+    trainer = make_trainer(make_model(FAMILIES["llama"]), tmp_path, shared_prefix="on")
+    forward = trainer._get_per_token_logps_and_entropies
+    with torch.no_grad():
+        whole, chunks = forward(trainer.model, ids, mask, width)[0], forward(trainer.model, ids, mask, width, 3)
+    assert chunks[1:] == (None, None)
+    torch.testing.assert_close(chunks[0], whole)
+
+
+def test_bf16_autocast(tmp_path):
+    ids, mask, width = make_rows()
+    padded, packed = (
+        make_trainer(make_model(FAMILIES["qwen2"]), tmp_path, bf16=True, **options)
+        for options in ({"trainer_class": GRPOTrainer}, {"shared_prefix": "on"})
+    )
+    results = {}
+    for name, trainer in (("padded", padded), ("packed", packed)):
+        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, width, compute_entropy=True
+        )
+        found = gradients(trainer.model, logps, entropies)
+        results[name] = logps.detach(), torch.cat([gradient.flatten() for gradient in found.values()])
+    assert packed._packs
+    assert (results["packed"][0] - results["padded"][0]).abs().mean() < 0.01
+    assert torch.cosine_similarity(results["packed"][1], results["padded"][1], dim=0) > 0.999
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_lm_head_in_fp32(cast, tmp_path):
+    ids, mask, width = make_rows()
+    logps = {}
+    for name, options in (("padded", {"trainer_class": GRPOTrainer}), ("packed", {"shared_prefix": "on"})):
+        trainer = make_trainer(
+            make_model(FAMILIES["llama"]), tmp_path, cast_lm_head_to_fp32=cast, bf16=True, **options
+        )
+        logps[name] = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)[0].detach()
+    assert (logps["packed"] - logps["padded"]).abs().mean() < 0.01
+
+
+# Whole runs. `test_iterations.py` has more of them: `GRPOExtTrainer` packs wherever it can.
+
+RUNS = [
+    pytest.param({}, id="plain"),
+    pytest.param({"num_iterations": 2, "beta": 0.04}, id="reference model"),
+    pytest.param({"gradient_checkpointing": True}, id="checkpointing"),
+    pytest.param(
+        {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+            "num_iterations": 2,
+        },
+        id="checkpointing, reentrant",
+    ),
+    pytest.param({"peft": True, "num_iterations": 2, "beta": 0.04}, id="LoRA, reference by disabled adapter"),
+    pytest.param({"peft": True, "gradient_checkpointing": True}, id="LoRA, checkpointing"),
+    pytest.param(
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "num_iterations": 2, "loss_type": "grpo"},
+        id="accumulation",
+    ),
+    pytest.param({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}, id="one row at a time"),
+    pytest.param({"loss_type": "cispo", "num_iterations": 2}, id="a delegated loss"),
+    pytest.param({"temperature": 0.7, "mask_truncated_completions": True, "loss_type": "dr_grpo"}, id="truncated"),
+]
+
+
+def run(trainer_class, policy, folder, peft=False, **options):
+    config_class = GRPOConfig if trainer_class is GRPOTrainer else GRPOExtConfig
+    passed = {"peft_config": LoraConfig(r=2, init_lora_weights=False)} if peft else {}
+    set_seed(0)
+    return train_canned(trainer_class, canned_config(folder, config_class, **options), policy, **passed)
+
+
+@pytest.mark.parametrize("trainer_class", [GRPOExtTrainer, PackingTrainer])
+@pytest.mark.parametrize("options", RUNS)
+def test_runs_equal_trl(options, trainer_class, policy, tmp_path):
+    expected = run(GRPOTrainer, policy, tmp_path, **options)
+    found = run(trainer_class, policy, tmp_path, shared_prefix="on", **options)
+    assert found.trainer._packs
+    assert found.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5)
+    start = run(GRPOTrainer, policy, tmp_path, learning_rate=0.0, max_steps=1, peft=options.get("peft", False)).weights
+    assert relative_difference(found.weights, expected.weights, start) <= 1e-5
+    tokens = zip(found.metric("update/tokens_computed"), found.metric("update/tokens_padded"), strict=True)
+    assert all(computed < padded for computed, padded in tokens)
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_zero_advantage": False}, {"loss_type": "bnpo"}])
+def test_metrics_of_the_update(options, policy, tmp_path):
+    found = run(GRPOExtTrainer, policy, tmp_path, max_steps=3, shared_prefix="on", **options)
+    plain = run(GRPOTrainer, policy, tmp_path, max_steps=3)
+    # TRL's micro-batches: all rows as wide as the widest prompt and the widest completion together
+    padded, computed = (
+        [forward.tokens for forward in done.forwards if forward.has_gradient] for done in (plain, found)
+    )
+    assert found.metric("update/tokens_padded") == padded
+    assert found.metric("update/tokens_computed") == computed
+    skipped = found.metric("update/rows_skipped")
+    assert (sum(skipped) > 0) == (options == {})
+
+
+# What cannot be packed
+
+
+UNPACKABLE = [
+    pytest.param(
+        MistralConfig(**SHAPE, sliding_window=8), "sliding window of 8 tokens is shorter", id="sliding window"
+    ),
+    pytest.param(
+        Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=8), "sliding window of 8", id="some sliding layers"
+    ),
+    pytest.param(
+        Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]), "carry a state along the row", id="hybrid"
+    ),
+    pytest.param(
+        LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        "depends on the length of the row",
+        id="positions scaled with the row",
+    ),
+    pytest.param(
+        GPT2Config(**TOKENS, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+        "differ by",
+        id="absolute positions",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "reason"), UNPACKABLE)
+def test_falls_back_and_trains_the_same(config, reason, tmp_path, caplog):
+    make_model(config).save_pretrained(tmp_path / "policy")
+    model = str(tmp_path / "policy")
+    expected = run(GRPOTrainer, model, tmp_path)
+    with caplog.at_level("WARNING"):
+        found = run(GRPOExtTrainer, model, tmp_path, shared_prefix="auto")
+    assert [reason in record.message for record in caplog.records if "Rows are padded" in record.message] == [True]
+    assert found.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5)
+    start = run(GRPOTrainer, model, tmp_path, learning_rate=0.0, max_steps=1).weights
+    assert relative_difference(found.weights, expected.weights, start) <= 1e-5
+    with pytest.raises(ValueError, match=f"shared_prefix='on'.*{reason}"):
+        run(GRPOExtTrainer, model, tmp_path, shared_prefix="on")
+
+
+@pytest.mark.parametrize(
+    ("config", "attn_implementation", "reason"),
+    [
+        (FAMILIES["llama"], "eager", "attn_implementation is 'eager'"),
+        (Gemma2Config(**SHAPE, head_dim=8), "eager", "attn_implementation is 'eager'"),
+        (Gemma2Config(**SHAPE, head_dim=8), "sdpa", "attention scores are soft-capped"),
+        (GptOssConfig(**SHAPE, head_dim=8, num_local_experts=2), "sdpa", "attention sinks"),
+    ],
+)
+def test_obstacles(config, attn_implementation, reason):
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.config._attn_implementation = attn_implementation
+    assert reason in find_obstacle(model)
+
+
+def test_prompt_learning_is_an_obstacle():
+    model = make_model(FAMILIES["llama"])
+    adapter = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    assert "PREFIX_TUNING" in find_obstacle(get_peft_model(model, adapter))
+    assert find_obstacle(make_model(FAMILIES["llama"])) is None
+
+
+@pytest.mark.parametrize("shared_prefix", ["auto", "on"])
+def test_a_model_that_loses_the_segments_is_found_out(shared_prefix, tmp_path, monkeypatch, caplog):
+    plain = LlamaAttention.forward
+
+    def forward(self, *args, segments=None, **kwargs):
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    ids, mask, width = make_rows()
+    trainer = make_trainer(make_model(FAMILIES["llama"]), tmp_path, shared_prefix=shared_prefix)
+    if shared_prefix == "on":
+        with pytest.raises(ValueError, match="differ by"):
+            trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)
+        return
+    with caplog.at_level("WARNING"):
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)
+    assert "log-probabilities of a packed forward differ by" in caplog.text
+    assert trainer.model.config._attn_implementation == "sdpa"
+    expected, _ = by_row(trainer.model, ids, mask, width)
+    torch.testing.assert_close(logps.detach(), expected.detach())
+
+
+def test_off(policy, tmp_path):
+    found = run(GRPOExtTrainer, policy, tmp_path, max_steps=1, shared_prefix="off")
+    assert not found.trainer._packs
+    assert found.trainer.model.config._attn_implementation == "sdpa"
+
+
+def test_generation_and_saved_models_are_as_they_were(policy, tmp_path):
+    """The attention that is registered is the stock one for all but packed rows, and leaves no trace in files."""
+    prompt = torch.tensor([[256, 256, 70, 71], [72, 73, 74, 75]])
+    options = {"attention_mask": (prompt != 256).long(), "max_new_tokens": 8, "do_sample": False}
+    expected = AutoModelForCausalLM.from_pretrained(policy).generate(prompt, **options)
+    found = run(GRPOExtTrainer, policy, tmp_path, learning_rate=0.0, max_steps=1, shared_prefix="on")
+    model = found.trainer.model
+    assert model.config._attn_implementation == NAME
+    assert torch.equal(model.eval().generate(prompt, **options), expected)
+    found.trainer.save_model(tmp_path / "saved")
+    assert NAME not in (tmp_path / "saved" / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config._attn_implementation == "sdpa"
+
+
+# The attention by itself
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("num_heads", "num_key_heads", "head_size"), [(4, 2, 8), (3, 3, 5), (8, 1, 64)])
+@pytest.mark.parametrize("function", ["merged", "by segment"])
+def test_attention(function, num_heads, num_key_heads, head_size, dtype):
+    """Against softmax over a mask that says what each token sees."""
+    ids, mask, width = make_rows()
+    layout = packed_layout(ids, mask, width)
+    segments = Segments(layout)
+    seen = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.bool)
+    for group in layout.groups:
+        for run in (range(0), *group.segments):
+            places = torch.tensor([*group.prefix, *run], dtype=torch.long)
+            seen[places[:, None], places[None, :]] |= torch.ones(len(places), len(places), dtype=torch.bool).tril()
+    numbers = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, layout.num_tokens, head_size) for heads in (num_heads, num_key_heads, num_key_heads)]
+    states = [torch.randn(shape, generator=numbers, dtype=dtype).requires_grad_() for shape in shapes]
+    upstream = torch.randn(1, layout.num_tokens, num_heads, head_size, generator=numbers, dtype=dtype)
+
+    if function == "merged":
+        output = attention._MergedAttention.apply(*states, 0.3, segments)
+    else:
+        output = attention._attention_by_segment(*states, 0.0, 0.3, segments)
+    found = [output, *torch.autograd.grad(output, states, upstream)]
+
+    query, key, value = (state.double() for state in states)
+    key, value = (state.repeat_interleave(num_heads // num_key_heads, dim=1) for state in (key, value))
+    scores = (0.3 * query @ key.transpose(2, 3)).masked_fill(~seen, -torch.inf)
+    output = (scores.softmax(-1) @ value).transpose(1, 2)
+    expected = [output, *torch.autograd.grad(output, states, upstream.double())]
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-9, torch.bfloat16: 2e-2}[dtype]
+    for tensor, reference in zip(found, expected, strict=True):
+        assert (tensor.double() - reference.double()).norm() <= tolerance * reference.double().norm()
+
+
+@pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias"])
+def test_attention_refuses_what_it_does_not_do(argument):
+    ids, mask, width = make_rows([(0, 2, 2)])
+    states = torch.ones(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=argument):
+        attention.shared_prefix_attention(
+            torch.nn.Module(),
+            states,
+            states,
+            states,
+            None,
+            segments=Segments(packed_layout(ids, mask, width)),
+            **{argument: 1.0},
+        )
