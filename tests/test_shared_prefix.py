@@ -1,5 +1,7 @@
 """The packed forward against a forward of each row by itself, and whole runs against TRL's."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from canned import canned_config, canned_prompts, canned_reward, relative_difference, train_canned
@@ -10,6 +12,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GenerationConfig,
     GPT2Config,
     GptOssConfig,
     Lfm2Config,
@@ -28,6 +31,7 @@ from trl_grpo_ext.shared_prefix import SharedPrefixMixin, attention
 from trl_grpo_ext.shared_prefix.attention import NAME, Segments
 from trl_grpo_ext.shared_prefix.layout import packed_layout
 from trl_grpo_ext.shared_prefix.mixin import find_obstacle
+from trl_grpo_ext.shared_prefix.prefill import shared_prefill
 from trl_grpo_ext.trainer import GRPOExtTrainer
 
 
@@ -60,7 +64,7 @@ FAMILIES = {
 
 def make_model(config, seed=0):
     set_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation="sdpa")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))  # norms and biases too: logits that differ
@@ -139,7 +143,7 @@ def test_logps_entropies_and_gradients(family, temperature, tmp_path):
     logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
         trainer.model, ids, mask, width, compute_entropy=True
     )
-    assert trainer._packs
+    assert trainer.packs
     assert_close({"logps": logps, "entropies": entropies}, {"logps": expected[0], "entropies": expected[1]})
     assert_close(gradients(trainer.model, logps, entropies), gradients(oracle, *expected))
 
@@ -186,7 +190,7 @@ def test_bf16_autocast(tmp_path):
         )
         found = gradients(trainer.model, logps, entropies)
         results[name] = logps.detach(), torch.cat([gradient.flatten() for gradient in found.values()])
-    assert packed._packs
+    assert packed.packs
     assert (results["packed"][0] - results["padded"][0]).abs().mean() < 0.01
     assert torch.cosine_similarity(results["packed"][1], results["padded"][1], dim=0) > 0.999
 
@@ -241,7 +245,7 @@ def run(trainer_class, policy, folder, peft=False, **options):
 def test_runs_equal_trl(options, trainer_class, policy, tmp_path):
     expected = run(GRPOTrainer, policy, tmp_path, **options)
     found = run(trainer_class, policy, tmp_path, shared_prefix="on", **options)
-    assert found.trainer._packs
+    assert found.trainer.packs
     assert found.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5)
     start = run(GRPOTrainer, policy, tmp_path, learning_rate=0.0, max_steps=1, peft=options.get("peft", False)).weights
     assert relative_difference(found.weights, expected.weights, start) <= 1e-5
@@ -314,7 +318,7 @@ def test_falls_back_and_trains_the_same(config, reason, tmp_path, caplog):
     ],
 )
 def test_obstacles(config, attn_implementation, reason):
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation="eager")
     model.config._attn_implementation = attn_implementation
     assert reason in find_obstacle(model)
 
@@ -350,7 +354,7 @@ def test_a_model_that_loses_the_segments_is_found_out(shared_prefix, tmp_path, m
 
 def test_off(policy, tmp_path):
     found = run(GRPOExtTrainer, policy, tmp_path, max_steps=1, shared_prefix="off")
-    assert not found.trainer._packs
+    assert not found.trainer.packs
     assert found.trainer.model.config._attn_implementation == "sdpa"
 
 
@@ -419,3 +423,83 @@ def test_attention_refuses_what_it_does_not_do(argument):
             segments=Segments(packed_layout(ids, mask, width)),
             **{argument: 1.0},
         )
+
+
+# Generation
+
+
+def generated(model, rows, **options):
+    """Sampled tokens, and the tokens of each forward."""
+    ids, mask = rows
+    forwards = []
+    handle = model.register_forward_pre_hook(
+        lambda module, positional, named: forwards.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    torch.manual_seed(0)
+    config = GenerationConfig(max_new_tokens=6, do_sample=True, top_k=0, pad_token_id=256, eos_token_id=258, **options)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    handle.remove()
+    return output, forwards
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mistral"])
+def test_a_prompt_is_prefilled_once(family):
+    model = make_model(FAMILIES[family]).eval()
+    ids, mask, width = make_rows([(0, 5, 1), (0, 5, 1), (1, 9, 1), (0, 5, 1), (1, 9, 1)])
+    rows = ids[:, :-width], mask[:, :-width]
+    expected, forwards = generated(model, rows)
+    assert forwards[0] == (5, 10)
+    with shared_prefill(model):
+        found, forwards = generated(model, rows)
+    assert torch.equal(found, expected)
+    assert forwards[:2] == [(2, 9), (5, 1)]
+    assert torch.equal(generated(model, rows)[0], expected)
+    assert "generate" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        pytest.param([(0, 5, 1), (1, 9, 1)], {}, id="nothing shared"),
+        pytest.param([(0, 1, 1), (0, 1, 1)], {}, id="prompts of one token and a pad"),
+        pytest.param([(0, 5, 1), (0, 5, 1)], {"use_cache": False}, id="no cache"),
+        pytest.param([(0, 5, 1), (0, 5, 1)], {"use_cache_of_model": False}, id="a model without one"),
+        pytest.param([(0, 5, 1), (0, 5, 1)], {"cache_implementation": "static"}, id="another cache"),
+    ],
+)
+def test_generation_otherwise_as_it_was(rows, options):
+    options = dict(options)
+    model = make_model(FAMILIES["llama"]).eval()
+    model.generation_config.use_cache = options.pop("use_cache_of_model", None)
+    ids, mask, width = make_rows(rows)
+    rows = ids[:, :-width], mask[:, :-width]
+    expected, _ = generated(model, rows, **options)
+    with shared_prefill(model):
+        found, _ = generated(model, rows, **options)
+    assert torch.equal(found, expected)
+
+
+def test_training_generates_from_shared_prompts(policy, tmp_path):
+    """Without canned rollouts: the same completions as TRL samples, from fewer prompt tokens."""
+    shapes = {}
+
+    def train(trainer_class, **options):
+        config_class = GRPOConfig if trainer_class is GRPOTrainer else GRPOExtConfig
+        set_seed(0)
+        trainer = trainer_class(
+            model=policy,
+            reward_funcs=canned_reward,
+            args=canned_config(tmp_path, config_class, max_steps=3, **options),
+            train_dataset=canned_prompts(),
+            processing_class=tiny_tokenizer(),
+        )
+        seen = shapes[trainer_class] = []
+        trainer.model.register_forward_pre_hook(
+            lambda module, positional, named: seen.append(tuple(named["input_ids"].shape)), with_kwargs=True
+        )
+        trainer.train()
+        return [entry["completions/mean_length"] for entry in trainer.state.log_history if "reward" in entry]
+
+    assert train(GRPOExtTrainer, shared_prefix="on") == train(GRPOTrainer)
+    prompts_of_8_rows = [shape for shape in shapes[GRPOExtTrainer] if shape[0] == 2 and shape[1] > 1]
+    assert len(prompts_of_8_rows) == 3  # one for each generation

@@ -116,7 +116,11 @@ class MultiIterationMixin(_GRPOTrainer):
         return self.loss_type in ("grpo", "dr_grpo", "dapo") and self._computes_own_loss(rollouts)
 
     def _arranges_by_prompt(self, rollouts: RolloutBuffer) -> bool:
-        return isinstance(self, SharedPrefixMixin) and self._may_move_rows(rollouts) and self.packs(rollouts[0])
+        return (
+            isinstance(self, SharedPrefixMixin)
+            and self._may_move_rows(rollouts)
+            and self.packs_rows_of(rollouts.padded_shape[1])
+        )
 
     def _window_within_rollouts(self) -> int | None:
         """Micro-batches of an optimizer step within a pass; `None` if passes and optimizer steps do not line up."""

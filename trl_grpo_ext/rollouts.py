@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ class RolloutBuffer(Sequence[MicroBatch]):
             Whether each value is a tensor with an entry a row, so that rows can be moved (images have other shapes).
         num_skipped (`int`):
             Rows that [`~RolloutBuffer.arrange`] has left out.
-        padded_tokens (`int`):
-            Tokens of a micro-batch as TRL made it, padding included.
+        padded_shape (`tuple[int, int]`):
+            Rows and tokens of a row, padding included, of a micro-batch as TRL made it.
     """
 
     def __init__(self, micro_batches: Sequence[MicroBatch], start_step: int = 0) -> None:
@@ -55,7 +56,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
             for value in micro_batch.values()
         ) and not any("pixel" in key or "token_type" in key for key in self._micro_batches[0])
         first = self._micro_batches[0]
-        self.padded_tokens = int(first["prompt_ids"].numel() + first["completion_ids"].numel())
+        self.padded_shape = (_num_rows(first), first["prompt_ids"].size(1) + first["completion_ids"].size(1))
         self._empty: set[int] = set()  # micro-batches that hold a placeholder
         self._used_widths: dict[int, int] = {}  # found once, because it costs a device synchronization
 
@@ -152,7 +153,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
         """Give the micro-batches `targets` the rows `order`."""
         shares = torch.tensor_split(order, len(targets))
         if by_prompt:
-            shares = _shares_by_prompt(rows, order.tolist(), len(targets), self.padded_tokens) or shares
+            shares = _shares_by_prompt(rows, order.tolist(), len(targets), math.prod(self.padded_shape)) or shares
         for index, indices in zip(targets, shares, strict=True):
             self._micro_batches[index] = _select(rows, indices) if len(indices) else _empty_row(rows)
             self._used_widths.pop(index, None)
@@ -182,7 +183,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
             "format": FORMAT,
             "start_step": self.start_step,
             "num_skipped": self.num_skipped,
-            "padded_tokens": self.padded_tokens,
+            "padded_shape": self.padded_shape,
             "empty": sorted(self._empty),
             "micro_batches": others,
             **state,
@@ -210,7 +211,8 @@ class RolloutBuffer(Sequence[MicroBatch]):
             index, _, key = name.partition(".")
             micro_batches[int(index)][key] = tensor.to(device)
         buffer = cls(micro_batches, content["start_step"])
-        buffer.num_skipped, buffer.padded_tokens = content["num_skipped"], content["padded_tokens"]
+        buffer.num_skipped = content["num_skipped"]
+        buffer.padded_shape = tuple(content["padded_shape"])
         buffer._empty = set(content["empty"])
         return buffer, content
 

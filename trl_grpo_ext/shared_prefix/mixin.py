@@ -1,5 +1,6 @@
 """`SharedPrefixMixin`: log-probabilities from a packed row in which each prompt stands once."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from ..config import check_settings, extension_setting
 from ..rollouts import RolloutBuffer
 from .attention import STOCK, Segments, use_shared_prefix_attention
 from .layout import LayoutError, packed_layout
+from .prefill import shared_prefill
 
 
 logger = get_logger(__name__)
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 else:
     _GRPOTrainer = object  # it may stand before any subclass of TRL's
 
-# The check before the first use compares rows of so many tokens at most, prompts and completions alike.
-CHECKED_ROWS, CHECKED_TOKENS = 4, 16
 # Largest difference of log-probabilities, in nats, between a packed and a padded forward in fp32; and the largest mean
 # difference in half precision, where single tokens differ by as much as two padded forwards do.
 TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-3, 0.05
@@ -48,20 +48,29 @@ class SharedPrefixMixin(_GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_settings(self.args)
-        self._is_packing_decided = extension_setting(self.args, "shared_prefix") == "off"
-        self._packs = False
+        self._packs: bool | None = False if extension_setting(self.args, "shared_prefix") == "off" else None
         self._reported_obstacles: set[str] = set()
 
-    def packs(self, micro_batch: dict[str, Any]) -> bool:
-        """Whether micro-batches are computed as packed rows. Decided at the first one, together with all processes."""
-        if not self._is_packing_decided:
-            self._decide_packing(
-                self.model,
-                torch.cat([micro_batch["prompt_ids"], micro_batch["completion_ids"]], dim=1),
-                torch.cat([micro_batch["prompt_mask"], micro_batch["completion_mask"]], dim=1),
-                micro_batch["completion_ids"].size(1),
-            )
+    @property
+    def packs(self) -> bool:
+        """Whether micro-batches are computed as packed rows; decided when first asked, by all processes together."""
+        if self._packs is None:
+            obstacle = find_obstacle(self.accelerator.unwrap_model(self.model)) or self._compare_forwards()
+            self._packs = obstacle is None
+            if obstacle is not None:
+                self._report_obstacle(obstacle)
         return self._packs
+
+    def packs_rows_of(self, num_tokens: int) -> bool:
+        """Whether rows of so many tokens are computed as packed rows."""
+        window = _shortest_sliding_window(self.accelerator.unwrap_model(self.model).config)
+        return self.packs and (window is None or num_tokens <= window)
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        if not self.packs:
+            return super()._generate_and_score_completions(inputs)
+        with shared_prefill(_language_model(self.accelerator.unwrap_model(self.model))):
+            return super()._generate_and_score_completions(inputs)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -74,21 +83,19 @@ class SharedPrefixMixin(_GRPOTrainer):
         compute_aux_loss: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        if not self._is_packing_decided:
-            self._decide_packing(model, input_ids, attention_mask, logits_to_keep)
         obstacle = None
         if compute_aux_loss:
             obstacle = "the MoE auxiliary loss counts each prompt once for each of its completions"
         elif any(value is not None for value in kwargs.values()):
             obstacle = "there are images"
-        if self._packs and obstacle is None:
+        if self.packs and obstacle is None:
             try:
                 return self._packed_forward(
                     model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy
                 )
             except LayoutError as error:
                 obstacle = str(error)
-        if self._packs and obstacle is not None:
+        if self.packs and obstacle is not None:
             self._report_obstacle(obstacle)
         self._count_tokens(input_ids, input_ids.numel())
         return super()._get_per_token_logps_and_entropies(
@@ -142,59 +149,37 @@ class SharedPrefixMixin(_GRPOTrainer):
     def _count_tokens(self, input_ids: torch.Tensor, num_computed: int) -> None:
         if self.model.training and torch.is_grad_enabled():
             rollouts = compat.buffered_micro_batches(self)
-            padded = rollouts.padded_tokens if isinstance(rollouts, RolloutBuffer) else input_ids.numel()
+            shape = rollouts.padded_shape if isinstance(rollouts, RolloutBuffer) else input_ids.shape
             compat.append_metric(self, "update/tokens_computed", float(num_computed))
-            compat.append_metric(self, "update/tokens_padded", float(padded))
+            compat.append_metric(self, "update/tokens_padded", float(math.prod(shape)))
 
     # Whether to pack
 
-    def _decide_packing(
-        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_completion_tokens: int
-    ) -> None:
-        self._is_packing_decided = True
+    def _compare_forwards(self) -> str | None:
+        """Compute a few short rows padded and packed; what speaks against packing, on any process."""
         models = [_language_model(self.accelerator.unwrap_model(self.model))]
         if self.ref_model is not None:
             models.append(_language_model(self.accelerator.unwrap_model(self.ref_model)))
-        obstacle = find_obstacle(self.accelerator.unwrap_model(self.model))
-        if obstacle is None:
-            obstacle = self._compare_forwards(models, model, input_ids, attention_mask, num_completion_tokens)
-        if obstacle is not None:
-            self._report_obstacle(obstacle)
-            return
-        self._packs = True
-
-    def _compare_forwards(
-        self,
-        models: list[PreTrainedModel],
-        model: Any,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        num_completion_tokens: int,
-    ) -> str | None:
-        """Compute a few short rows padded and packed; what speaks against packing, on any process."""
-        edge = input_ids.size(1) - num_completion_tokens
-        columns = slice(max(0, edge - CHECKED_TOKENS), edge + CHECKED_TOKENS)
-        ids, mask = input_ids[:CHECKED_ROWS, columns], attention_mask[:CHECKED_ROWS, columns]
-        width = ids.size(1) - min(edge, CHECKED_TOKENS)
-        mask = mask.clone()
-        mask[:, -width] = 1  # no completion is empty
-        was_training = model.training
-        model.eval()  # no dropout
-        difference, obstacle = 0.0, None
+        ids, mask, width = _made_up_rows(models[0].config.vocab_size)
+        ids, mask = ids.to(self.accelerator.device), mask.to(self.accelerator.device)
+        forward = super()._get_per_token_logps_and_entropies
+        was_training = self.model.training
+        self.model.eval()  # no dropout
+        obstacle = None
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            padded = super()._get_per_token_logps_and_entropies(model, ids, mask, width)[0]
-            for language_model in models:
-                use_shared_prefix_attention(language_model)
-                language_model.base_model.register_forward_hook(_keep_scored_places, with_kwargs=True)
+            padded = forward(self.model, ids, mask, width)[0]
+            for model in models:
+                use_shared_prefix_attention(model)
+                model.base_model.register_forward_hook(_keep_scored_places, with_kwargs=True)
             try:
-                still_padded = super()._get_per_token_logps_and_entropies(model, ids, mask, width)[0]
-                packed = self._packed_forward(model, ids, mask, width, None, False)[0]
+                still_padded = forward(self.model, ids, mask, width)[0]
+                packed = self._packed_forward(self.model, ids, mask, width, None, False)[0]
             except Exception as error:  # models of others: whatever they raise, they cannot be packed
                 obstacle = f"a packed forward fails ({type(error).__name__}: {error})"
             else:
-                counts = mask[:, -width:].bool()
-                differences = torch.maximum((packed - padded).abs(), (still_padded - padded).abs())[counts]
-                is_half = self._computes_in_half_precision(model)
+                differences = torch.maximum((packed - padded).abs(), (still_padded - padded).abs())
+                differences = differences[mask[:, -width:].bool()]
+                is_half = self._computes_in_half_precision()
                 difference = float(differences.mean() if is_half else differences.max())
                 tolerance = HALF_PRECISION_TOLERANCE if is_half else TOLERANCE
                 if not difference <= tolerance:
@@ -202,17 +187,17 @@ class SharedPrefixMixin(_GRPOTrainer):
                         f"log-probabilities of a packed forward differ by {difference:.2g} nats from those of a "
                         f"padded one (tolerance {tolerance})"
                     )
-        model.train(was_training)
+        self.model.train(was_training)
         obstacles = torch.tensor([float(obstacle is not None)], device=self.accelerator.device)
         if self.accelerator.reduce(obstacles, reduction="sum").item() > 0:
-            for language_model in models:
-                use_shared_prefix_attention(language_model, STOCK)
+            for model in models:
+                use_shared_prefix_attention(model, STOCK)
             return obstacle or "another process cannot pack"
         return None
 
-    def _computes_in_half_precision(self, model: Any) -> bool:
+    def _computes_in_half_precision(self) -> bool:
         return self.accelerator.mixed_precision != "no" or any(
-            parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()
+            parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.model.parameters()
         )
 
     def _report_obstacle(self, obstacle: str) -> None:
@@ -223,6 +208,19 @@ class SharedPrefixMixin(_GRPOTrainer):
         if obstacle not in self._reported_obstacles:
             self._reported_obstacles.add(obstacle)
             logger.warning(f"Rows are padded, and prompts computed once for each completion: {obstacle}.")
+
+
+def _made_up_rows(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A few short rows, two for each prompt, as TRL lays them out: token ids, mask, columns of the completions."""
+    # which prompt, its length, and the completion's length
+    rows = ((0, 9, 7), (1, 3, 12), (0, 9, 12), (1, 3, 1))
+    width = 12
+    ids = torch.randint(vocab_size, (len(rows), width + width), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros_like(ids)
+    for row, (prompt, prompt_tokens, completion_tokens) in enumerate(rows):
+        ids[row, :width] = ids[prompt, :width]
+        mask[row, width - prompt_tokens : width + completion_tokens] = 1
+    return ids, mask, width
 
 
 def _keep_scored_places(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

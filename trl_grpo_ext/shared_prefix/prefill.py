@@ -1,0 +1,78 @@
+"""Generation that computes each prompt once: its keys and values are copied to all of its completions."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+
+@contextmanager
+def shared_prefill(model: PreTrainedModel) -> Iterator[None]:
+    """Within it `model.generate` prefills a prompt once for all its rows; what it samples has the same distribution.
+
+    Args:
+        model (`PreTrainedModel`):
+            A decoder with a cache of keys and values. Generation with inputs other than `input_ids` and
+            `attention_mask`, or with another kind of cache, is left as it is.
+    """
+    generate = model.generate
+
+    def generate_from_shared_prompts(
+        input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config: Any = None, **options: Any
+    ) -> Any:
+        cache = None
+        if _uses_dynamic_cache(model, generation_config):
+            cache = _prefilled(model, input_ids, attention_mask)
+        if cache is not None:
+            options["past_key_values"] = cache
+        return generate(
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config, **options
+        )
+
+    def dispatch(*args: Any, **options: Any) -> Any:
+        names = set(options) - {"generation_config", "disable_compile"}
+        if not args and names == {"input_ids", "attention_mask"}:
+            return generate_from_shared_prompts(**options)
+        return generate(*args, **options)
+
+    model.generate = dispatch
+    try:
+        yield
+    finally:
+        del model.generate
+
+
+def _uses_dynamic_cache(model: PreTrainedModel, generation_config: Any) -> bool:
+    def setting(name: str) -> Any:
+        """What the call says, or else the model."""
+        values = (getattr(config, name, None) for config in (generation_config, model.generation_config))
+        return next((value for value in values if value is not None), None)
+
+    return (
+        setting("use_cache") is not False
+        and setting("cache_implementation") in (None, "dynamic")
+        and setting("num_beams") in (None, 1)
+    )
+
+
+def _prefilled(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> DynamicCache | None:
+    """The cache after all prompt tokens but the last, one row for each of `input_ids`; `None` if nothing is shared."""
+    rows = torch.stack([input_ids, attention_mask], dim=1)
+    distinct, row_of = torch.unique(rows, dim=0, return_inverse=True)
+    if len(distinct) == len(rows) or input_ids.size(1) == 1:
+        return None
+    ids, mask = distinct[:, 0, :-1], distinct[:, 1, :-1]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    cache.batch_select_indices(row_of)
+    return cache
