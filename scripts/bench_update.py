@@ -11,6 +11,7 @@ stands the limit: a plain forward and backward over as many tokens in one row. P
 its own for each trainer.
 """
 
+import copy
 import gc
 import json
 import logging
@@ -233,7 +234,8 @@ class Measured:
 def make_model(args: BenchArguments) -> PreTrainedModel:
     set_seed(args.seed)
     dtype = getattr(torch, args.dtype)
-    return AutoModelForCausalLM.from_config(MODELS[args.model], dtype=dtype, attn_implementation="sdpa")
+    config = copy.deepcopy(MODELS[args.model])  # trainers write into it
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 def run_update(
