@@ -38,6 +38,7 @@ from transformers import (
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PrinterCallback,
     ProgressCallback,
     Qwen2Config,
     TrainerCallback,
@@ -282,7 +283,8 @@ def run_update(
         rollout_func=CannedRollouts(workload, model.config.vocab_size, args.seed),
         callbacks=[watch],
     )
-    trainer.remove_callback(ProgressCallback)
+    for shown in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(shown)
     computed: list[int] = []
     trainer.model.register_forward_hook(
         lambda module, positional, named, output: (

@@ -72,6 +72,9 @@ class CurveArguments:
     target: float = field(default=0.8, metadata={"help": "Sampled accuracy to reach."})
     stop_at_target: bool = field(default=False, metadata={"help": "End a run when it has reached the target."})
     learning_rate: float | None = field(default=None, metadata={"help": "Default: the recipe's."})
+    shared_prefix: str = field(
+        default="auto", metadata={"help": "Of our trainer; 'off' updates as TRL does.", "choices": ["auto", "off"]}
+    )
     output_dir: Path = field(default=Path("outputs/learning_curve"), metadata={"help": "Where the results go."})
 
     def __post_init__(self) -> None:
@@ -155,6 +158,7 @@ def train(args: CurveArguments, variant: str, seed: int) -> list[Point]:
             "save_strategy": "no",
             "logging_steps": 1,
             "reward_weights": bundle.weights,
+            "shared_prefix": args.shared_prefix,
             "seed": seed,
         }
         curve = Curve(args, seed, progress)

@@ -10,6 +10,7 @@ from canned import canned_config, train_canned
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext.config import GRPOExtConfig
 from trl_grpo_ext.trainer import GRPOExtTrainer
@@ -28,9 +29,10 @@ class Kill(TrainerCallback):
 
 def main(settings):
     options = {"peft_config": LoraConfig(r=2, init_lora_weights=False)} if settings.get("lora") else {}
+    classes = (GRPOTrainer, GRPOConfig) if settings.get("trainer") == "trl" else (GRPOExtTrainer, GRPOExtConfig)
     run = train_canned(
-        GRPOExtTrainer,
-        canned_config(settings["output_dir"], GRPOExtConfig, **settings["options"]),
+        classes[0],
+        canned_config(settings["output_dir"], classes[1], **settings["options"]),
         settings["policy"],
         resume=settings.get("resume"),
         callbacks=[Kill(settings["kill_at"])] if "kill_at" in settings else [],
@@ -40,7 +42,11 @@ def main(settings):
     if accelerator.is_main_process:
         folder = Path(settings["output_dir"])
         save_file(run.weights, folder / "final.safetensors")
-        ran_on = {"processes": accelerator.num_processes, "wrapper": type(run.trainer.model_wrapped).__name__}
+        ran_on = {
+            "processes": accelerator.num_processes,
+            "wrapper": type(run.trainer.model_wrapped).__name__,
+            "packs": getattr(run.trainer, "packs", False),
+        }
         (folder / "ran_on.json").write_text(json.dumps(ran_on))
     accelerator.wait_for_everyone()  # a rank that is gone early can leave the other one waiting
     run.trainer.end()

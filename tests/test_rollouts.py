@@ -4,16 +4,13 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from canned import canned_config, train_canned
 from hypothesis import given
 from hypothesis import strategies as st
-from launch import two_process_launcher
+from launch import run_canned, two_process_launcher
 from peft import LoraConfig
 from safetensors.torch import load_file
 from trl import GRPOConfig, GRPOTrainer
@@ -336,15 +333,6 @@ def test_rollouts_are_left_out_on_request(policy, tmp_path):
 # Processes of their own
 
 
-def start(tmp_path, name, launcher=(sys.executable,), **settings):
-    file = tmp_path / f"{name}.json"
-    file.write_text(json.dumps({"output_dir": str(tmp_path / name), **settings}))
-    script = Path(__file__).with_name("run_canned.py")
-    return subprocess.run(
-        [*map(str, launcher), str(script), str(file)], capture_output=True, text=True, timeout=300, check=False
-    )
-
-
 OPTIONS = {
     "num_iterations": 3,
     "steps_per_generation": 4,
@@ -360,12 +348,12 @@ OPTIONS = {
 @pytest.mark.parametrize("lora", [False, True])
 def test_killed_and_resumed(policy, tmp_path, lora):
     settings = {"policy": policy, "options": OPTIONS, "lora": lora}
-    straight = start(tmp_path, "straight", **settings)
+    straight = run_canned(tmp_path, "straight", **settings)
     assert straight.returncode == 0, straight.stderr[-3000:]
-    killed = start(tmp_path, "killed", kill_at=3, **settings)
+    killed = run_canned(tmp_path, "killed", kill_at=3, **settings)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "final.safetensors").exists()
-    resumed = start(tmp_path, "killed", resume=str(tmp_path / "killed" / "checkpoint-3"), **settings)
+    resumed = run_canned(tmp_path, "killed", resume=str(tmp_path / "killed" / "checkpoint-3"), **settings)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert_same_weights(
         load_file(tmp_path / "killed" / "final.safetensors"), load_file(tmp_path / "straight" / "final.safetensors")
@@ -379,11 +367,11 @@ def test_two_processes_killed_and_resumed(policy, tmp_path):
         "options": {**OPTIONS, "ddp_backend": "gloo"},
         "launcher": two_process_launcher(tmp_path),
     }
-    straight = start(tmp_path, "straight", **settings)
+    straight = run_canned(tmp_path, "straight", **settings)
     assert (tmp_path / "straight" / "ran_on.json").is_file(), straight.stderr[-3000:]
     ran_on = json.loads((tmp_path / "straight" / "ran_on.json").read_text())
-    assert ran_on == {"processes": 2, "wrapper": "DistributedDataParallel"}
-    killed = start(tmp_path, "killed", kill_at=5, **settings)
+    assert ran_on == {"processes": 2, "wrapper": "DistributedDataParallel", "packs": True}
+    killed = run_canned(tmp_path, "killed", kill_at=5, **settings)
     assert killed.returncode != 0
     checkpoint = tmp_path / "killed" / "checkpoint-5"
     files = sorted(os.listdir(checkpoint / FOLDER))
@@ -391,7 +379,7 @@ def test_two_processes_killed_and_resumed(policy, tmp_path):
         "rank-00000-of-00002.safetensors",
         "rank-00001-of-00002.safetensors",
     ]
-    resumed = start(tmp_path, "killed", resume=str(checkpoint), **settings)
+    resumed = run_canned(tmp_path, "killed", resume=str(checkpoint), **settings)
     assert (tmp_path / "killed" / "final.safetensors").is_file(), resumed.stderr[-3000:]
     assert_same_weights(
         load_file(tmp_path / "killed" / "final.safetensors"), load_file(tmp_path / "straight" / "final.safetensors")

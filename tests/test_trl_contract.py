@@ -1,4 +1,4 @@
-"""What the mixins rely on in TRL. When a release moves one of these, the test with its name fails."""
+"""What the mixins rely on in TRL and transformers. When a release moves one of these, the test with its name fails."""
 
 import inspect
 
@@ -6,7 +6,10 @@ import pytest
 import torch
 from canned import canned_config, train_canned
 from tiny import save_tiny_policy, tiny_model
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 from trl import GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from trl_grpo_ext import compat
 
@@ -152,3 +155,34 @@ def test_randomness_is_seen():
     assert compat.has_active_randomness(model)
     assert compat.has_active_randomness(torch.nn.Sequential(torch.nn.Dropout(0.1)))
     assert not compat.has_active_randomness(torch.nn.Sequential(torch.nn.Dropout(0.0)))
+
+
+# What the packed forward relies on
+
+
+def test_lm_head_takes_the_labels_of_each_place():
+    model = tiny_model()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    ids, labels = torch.tensor([[65, 66, 67]]), torch.tensor([[66, -100, 68]])
+    output = model(input_ids=ids, shift_labels=labels, fused_lm_head=True)
+    assert output.log_probs.shape == output.entropy.shape == (1, 3)
+    expected = tiny_model()(input_ids=ids).logits.log_softmax(-1)
+    assert output.log_probs[0].tolist() == pytest.approx([expected[0, 0, 66].item(), 0, expected[0, 2, 68].item()])
+
+
+def test_masks_of_four_dimensions_and_arguments_reach_the_attention():
+    """Or a mask of N x N would be made for a packed row, and the segments lost."""
+    seen = []
+
+    def attention(module, query, key, value, attention_mask, segments=None, **kwargs):
+        seen.append((attention_mask, segments))
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("contract", attention)
+    AttentionMaskInterface.register("contract", sdpa_mask)
+    model = tiny_model()
+    model.set_attn_implementation("contract")
+    mask, segments = torch.ones(1, 1, 1, 1, dtype=torch.bool), object()
+    model(input_ids=torch.tensor([[65, 66]]), attention_mask=mask, segments=segments)
+    assert len(seen) == model.config.num_hidden_layers
+    assert all(found[0] is mask and found[1] is segments for found in seen)

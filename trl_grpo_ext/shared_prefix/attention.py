@@ -61,7 +61,7 @@ class SideBySide:
         starts = torch.tensor([segment.start for segment in segments]).unsqueeze(1)
         self._places = starts + torch.minimum(columns, lengths - 1)
         self._is_token = columns < lengths
-        self._rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._rows: dict[int, tuple[torch.Tensor, ...]] = {}  # the same for all layers with as many key heads
 
     def rows(self, num_key_heads: int, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Where the `(N * key heads)` rows of a packed row's states go.
@@ -71,12 +71,13 @@ class SideBySide:
                 The rows that make up `(segments, key heads, length)`; which of these are padding; those that are
                 tokens; and the rows where tokens come from.
         """
-        if self._rows is None:  # the same for all layers
+        if num_key_heads not in self._rows:
             rows = (self._places.unsqueeze(1) * num_key_heads + torch.arange(num_key_heads).view(1, -1, 1)).flatten()
             is_token = self._is_token.unsqueeze(1).expand(-1, num_key_heads, -1).flatten()
             tokens = is_token.nonzero().flatten()
-            self._rows = rows.to(device), (~is_token).to(device), tokens.to(device), rows[tokens].to(device)
-        return self._rows
+            found = rows, ~is_token, tokens, rows[tokens]
+            self._rows[num_key_heads] = tuple(tensor.to(device) for tensor in found)
+        return self._rows[num_key_heads]
 
 
 # What a call computes on: a run of tokens, or several segments side by side.
