@@ -1,6 +1,6 @@
 """How much faster the update is than TRL's: both trainers, the same rollouts, the same gradient.
 
-    python scripts/bench_update.py                                           # all workloads, a small model, 10 minutes
+    python scripts/bench_update.py                                          # all workloads, half an hour
     python scripts/bench_update.py --model smollm2-135m --workloads gsm8k    # a real model's shape
     python scripts/bench_update.py --device cuda --dtype bfloat16 --model qwen2.5-0.5b
 

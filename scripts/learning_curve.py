@@ -1,6 +1,6 @@
 """How fast the offline recipe learns: accuracy against training time and against generated completions.
 
-    python scripts/learning_curve.py                                          # four variants, three seeds, 30 minutes
+    python scripts/learning_curve.py                                          # four variants, three seeds, 18 minutes
     python scripts/learning_curve.py --variants mu1 mu4 --seeds 0 --train_seconds 30
 
 Trains the embedded policy with the settings of `recipes/configs/offline-tiny.yaml`, at a constant learning rate, once

@@ -243,7 +243,7 @@ def run(trainer_class, policy, folder, peft=False, **options):
     return train_canned(trainer_class, canned_config(folder, config_class, **options), policy, **passed)
 
 
-@pytest.mark.parametrize("trainer_class", [GRPOExtTrainer, PackingTrainer])
+@pytest.mark.parametrize("trainer_class", [GRPOExtTrainer, pytest.param(PackingTrainer, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", RUNS)
 def test_runs_equal_trl(options, trainer_class, policy, tmp_path):
     expected = run(GRPOTrainer, policy, tmp_path, **options)

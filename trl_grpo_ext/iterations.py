@@ -45,8 +45,9 @@ class MultiIterationMixin(_GRPOTrainer):
     - leaves out completions that carry no gradient (`skip_zero_advantage`);
     - reports each pass by itself: `iteration/{k}/approx_kl` (KL from the old to the new policy, nats a token),
       `iteration/{k}/clip_ratio`, `iteration/{k}/clip_ratio_low`, `iteration/{k}/clip_ratio_high` (shares of tokens),
-      `iteration/{k}/ratio_max`, with k from 1, and `rollouts/iterations_used`, next to all of TRL's metrics. Where
-      rows are left out, the metrics over tokens (entropy, clip ratios, KL) cover those that are left;
+      `iteration/{k}/ratio_max`, with k from 1, `rollouts/iterations_used`, and `update/rows_skipped` of a generation
+      batch on this process, next to all of TRL's metrics. Where rows are left out, the metrics over tokens (entropy,
+      clip ratios, KL) cover those that are left;
     - keeps the rollouts in checkpoints, so that a run resumes exactly between two passes (`save_rollouts`).
 
     Settings are those of [`GRPOExtConfig`]; with a plain `GRPOConfig` their defaults hold. The loss is
