@@ -303,6 +303,12 @@ def main(argv: list[str]) -> None:
         print_summary(summary)
     trainer.accelerator.wait_for_everyone()  # a process that is gone early can leave another one waiting
     trainer.end()
+    if trainer.accelerator.num_processes > 1:
+        # All is done and written. Deallocating the process group would wait for gloo's threads while they may wait for
+        # Python's lock, which this thread holds: now and then a finished process never ended.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
