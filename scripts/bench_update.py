@@ -416,9 +416,6 @@ def print_table(args: BenchArguments, results: dict[str, dict[str, Any]]) -> boo
 
 
 def main(argv: list[str]) -> int:
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-    logging.getLogger("trl_grpo_ext").setLevel(logging.ERROR)
     (args,) = TrlParser([BenchArguments], description=__doc__.splitlines()[0]).parse_args_and_config(argv)
     if args.memory_of is not None:
         print_peak_memory(args)
@@ -439,4 +436,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    logging.getLogger("trl_grpo_ext").setLevel(logging.ERROR)
     sys.exit(main(sys.argv[1:]))

@@ -232,8 +232,6 @@ def draw(args: CurveArguments, curves: dict[str, dict[int, list[Point]]], file: 
 
 
 def main(argv: list[str]) -> None:
-    hf_logging.disable_progress_bar()  # of loading the policy
-    logging.getLogger("trl_grpo_ext").setLevel(logging.ERROR)
     (args,) = TrlParser([CurveArguments], description=__doc__.splitlines()[0]).parse_args_and_config(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     curves: dict[str, dict[int, list[Point]]] = {variant: {} for variant in args.variants}
@@ -251,4 +249,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    hf_logging.disable_progress_bar()  # of loading the policy
+    logging.getLogger("trl_grpo_ext").setLevel(logging.ERROR)
     main(sys.argv[1:])

@@ -104,14 +104,15 @@ class Run:
 
 
 class ExactGradNorms(TrainerCallback):
-    """The norm of the gradient at each optimizer step, in double precision."""
+    """The norm of the gradient at each optimizer step, in double precision; none where DeepSpeed keeps gradients."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
-        self.values.append(torch.stack(squares).sum().sqrt().item())
+        if squares:
+            self.values.append(torch.stack(squares).sum().sqrt().item())
 
 
 def train_canned(trainer_class, args, model, *, tool_masks=False, resume=None, callbacks=(), **options) -> Run:

@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 from trl import GRPOTrainer
 
+from .objective import LOSS_TYPES
+
 
 def step(trainer: GRPOTrainer) -> int:
     """Number of micro-batches trained on so far; TRL's schedule of generations goes by it."""
@@ -55,7 +57,7 @@ def has_own_loss(next_compute_loss: Any) -> bool:
 def is_clipped_objective(trainer: GRPOTrainer) -> bool:
     """Whether TRL's loss is the plain clipped objective: no feature on, besides it, that changes the loss."""
     return (
-        trainer.loss_type in ("grpo", "bnpo", "dr_grpo", "dapo")
+        trainer.loss_type in LOSS_TYPES
         and trainer.top_entropy_quantile == 1.0
         and trainer.off_policy_mask_threshold is None
         and not trainer._entropy_bonus_enabled

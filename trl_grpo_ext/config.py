@@ -50,7 +50,6 @@ class GRPOExtConfig(GRPOConfig):
     reshuffle_iterations: bool = field(
         default=False, metadata={"help": "Deal the rows out to the micro-batches anew before each pass."}
     )
-
     shared_prefix: str = field(
         default="auto",
         metadata={

@@ -114,7 +114,7 @@ class MultiIterationMixin(_GRPOTrainer):
     def _may_move_rows(self, rollouts: RolloutBuffer) -> bool:
         """Whether the loss is the same however the rows of an optimizer step are dealt out to micro-batches."""
         # bnpo divides by what is in the micro-batch
-        return self.loss_type in ("grpo", "dr_grpo", "dapo") and self._computes_own_loss(rollouts)
+        return self.loss_type != "bnpo" and self._computes_own_loss(rollouts)
 
     def _arranges_by_prompt(self, rollouts: RolloutBuffer) -> bool:
         return (

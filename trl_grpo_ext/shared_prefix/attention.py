@@ -44,11 +44,17 @@ class Segments:
 
     def __init__(self, layout: PackedLayout) -> None:
         self.layout = layout
-        self.groups = layout.groups
+        # What sees what: queries, whether causally, keys. Causal calls come first, and take in each token once.
+        self.calls: list[tuple[Places, bool, Places]] = []
         segments = [segment for group in layout.groups for segment in group.segments]
-        self.batches: list[Places] = [
-            batch[0] if len(batch) == 1 else SideBySide(batch) for batch in _batches_of_similar_length(segments)
-        ]
+        for places in [
+            *(group.prefix for group in layout.groups if len(group.prefix)),
+            *(batch[0] if len(batch) == 1 else SideBySide(batch) for batch in _batches_of_similar_length(segments)),
+        ]:
+            self.calls.append((places, True, places))
+        for group in layout.groups:
+            if len(group.prefix) and group.segments:
+                self.calls.append((range(group.segments[0].start, group.segments[-1].stop), False, group.prefix))
 
 
 class SideBySide:
@@ -172,7 +178,7 @@ def _attention_by_segment(
         )
 
     outputs = []
-    for group in segments.groups:
+    for group in segments.layout.groups:
         if len(group.prefix):
             outputs.append(attend(group.prefix, group.prefix))
         outputs += [attend(segment, group.prefix, segment) for segment in group.segments]
@@ -199,7 +205,7 @@ class _MergedAttention(torch.autograd.Function):
         queries, keys, values = (_by_token(states, key.size(1)) for states in (query, key, value))
         output = torch.empty_like(queries, memory_format=torch.contiguous_format)
         log_sum_exp = output.new_empty(output.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-        for places, is_causal, seen in _calls(segments):
+        for places, is_causal, seen in segments.calls:
             part, part_log_sum_exp = _flash_forward(
                 _take(queries, places),
                 _take_shared(keys, seen, queries),
@@ -229,7 +235,7 @@ class _MergedAttention(torch.autograd.Function):
         of_queries, of_keys, of_values = (
             torch.empty_like(states, memory_format=torch.contiguous_format) for states in (queries, keys, values)
         )
-        for places, is_causal, seen in _calls(ctx.segments):
+        for places, is_causal, seen in ctx.segments.calls:
             parts = _flash_backward(
                 _take(gradient, places, zero_padding=True),
                 _take(queries, places),
@@ -250,16 +256,6 @@ class _MergedAttention(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _calls(segments: Segments) -> list[tuple[Places, bool, Places]]:
-    """What sees what: queries, whether causally, keys. Causal calls come first, and take in each token once."""
-    prefixes = [group.prefix for group in segments.groups if len(group.prefix)]
-    calls: list[tuple[Places, bool, Places]] = [(places, True, places) for places in [*prefixes, *segments.batches]]
-    for group in segments.groups:
-        if len(group.prefix) and group.segments:
-            calls.append((range(group.segments[0].start, group.segments[-1].stop), False, group.prefix))
-    return calls
 
 
 def _by_token(states: torch.Tensor, num_key_heads: int) -> torch.Tensor:

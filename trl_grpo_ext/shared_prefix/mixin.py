@@ -120,15 +120,15 @@ class SharedPrefixMixin(_GRPOTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         window = _shortest_sliding_window(self.accelerator.unwrap_model(model).config)
         rows_at_once = batch_size or input_ids.size(0)
-        layouts = [
-            packed_layout(ids, mask, num_completion_tokens)
+        parts = [
+            (ids, packed_layout(ids, mask, num_completion_tokens))
             for ids, mask in zip(input_ids.split(rows_at_once), attention_mask.split(rows_at_once), strict=True)
         ]
-        longest = max(layout.longest_sequence for layout in layouts)
+        longest = max(layout.longest_sequence for _, layout in parts)
         if window is not None and longest > window:
             raise LayoutError(f"the sliding window of {window} tokens is shorter than the longest row, {longest}")
         logps, entropies = [], []
-        for layout, ids in zip(layouts, input_ids.split(rows_at_once), strict=True):
+        for ids, layout in parts:
             self._count_tokens(ids, layout.num_tokens)
             with self.accelerator.autocast():
                 outputs = model(

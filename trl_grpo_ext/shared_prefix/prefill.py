@@ -19,29 +19,21 @@ def shared_prefill(model: PreTrainedModel) -> Iterator[None]:
     """
     generate = model.generate
 
-    def generate_from_shared_prompts(
-        input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config: Any = None, **options: Any
-    ) -> Any:
-        cache = None
-        if _uses_dynamic_cache(model, generation_config):
-            cache = _prefilled(model, input_ids, attention_mask)
-        if cache is not None:
-            options["past_key_values"] = cache
-        return generate(
-            input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config, **options
-        )
-
-    def dispatch(*args: Any, **options: Any) -> Any:
-        names = set(options) - {"generation_config", "disable_compile"}
-        if not args and names == {"input_ids", "attention_mask"}:
-            return generate_from_shared_prompts(**options)
+    def generate_from_shared_prompts(*args: Any, **options: Any) -> Any:
+        inputs = set(options) - {"generation_config", "disable_compile"}
+        if (
+            not args
+            and inputs == {"input_ids", "attention_mask"}
+            and _uses_dynamic_cache(model, options.get("generation_config"))
+        ):
+            options["past_key_values"] = _prefilled(model, options["input_ids"], options["attention_mask"])
         return generate(*args, **options)
 
-    model.generate = dispatch
+    model.generate = generate_from_shared_prompts
     try:
         yield
     finally:
-        del model.generate
+        del model.generate  # the instance's, which hides the class's
 
 
 def _uses_dynamic_cache(model: PreTrainedModel, generation_config: Any) -> bool:
