@@ -26,13 +26,14 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from yaml import YAMLError
 
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer
+from trl_grpo_ext.checkpoints import find_damage, whole_checkpoints
 from trl_grpo_ext.embedded_policy import EMBEDDED_POLICY, embedded_policy_path
 from trl_grpo_ext.evaluation import Accuracy, evaluate
+from trl_grpo_ext.ranks import run_as_rank
 from trl_grpo_ext.rewards import gsm8k_bundle, tag_bundle
 from trl_grpo_ext.tasks import load_arithmetic, load_gsm8k
 
@@ -167,22 +168,20 @@ def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool) -> PreTrain
     return tokenizer
 
 
-def find_checkpoint(training_args: GRPOExtConfig) -> str | None:
-    """The checkpoint to go on from: a folder, or with 'latest' (or 'true') the newest one in the output folder."""
+def find_checkpoint(training_args: GRPOExtConfig) -> str | bool | None:
+    """What to go on from: a checkpoint's folder, or with 'latest' (or 'true') the newest whole one (`True`)."""
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() in ("", "false", "none"):
         return None
     if str(wanted).lower() in ("latest", "true"):
-        folder = training_args.output_dir
-        checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-        if checkpoint is None:
-            stop(
-                2,
-                f"--resume_from_checkpoint: there is no checkpoint in {folder!r}; leave it out to start afresh",
-            )
-        return checkpoint
-    if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
-        stop(2, f"--resume_from_checkpoint: {wanted!r} is no checkpoint (it has no trainer_state.json)")
+        whole, damages = whole_checkpoints(training_args.output_dir)
+        if not whole:
+            found = "; ".join(damages) or "leave it out to start afresh"
+            stop(2, f"--resume_from_checkpoint: there is no checkpoint in {training_args.output_dir!r}; {found}")
+        return True
+    damage = find_damage(wanted)
+    if damage is not None:
+        stop(2, f"--resume_from_checkpoint: {wanted!r} is no whole checkpoint: {damage}")
     return wanted
 
 
@@ -265,7 +264,7 @@ def main(argv: list[str]) -> None:
     def evaluate_all(when: str) -> dict[str, Accuracy]:
         return {
             name: evaluate(
-                trainer.accelerator.unwrap_model(trainer.model),
+                trainer.model_wrapped,
                 tokenizer,
                 problems,
                 max_new_tokens=training_args.max_completion_length,
@@ -303,13 +302,7 @@ def main(argv: list[str]) -> None:
         print_summary(summary)
     trainer.accelerator.wait_for_everyone()  # a process that is gone early can leave another one waiting
     trainer.end()
-    if trainer.accelerator.num_processes > 1:
-        # All is done and written. Deallocating the process group would wait for gloo's threads while they may wait for
-        # Python's lock, which this thread holds: now and then a finished process never ended.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_as_rank(main, sys.argv[1:])

@@ -1,6 +1,7 @@
 """Training on rollouts that are made up beforehand: generation costs nothing, and two trainers see the same rows."""
 
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -50,9 +51,11 @@ def canned_reward(prompts, completion_ids, **kwargs):
     ]
 
 
-def canned_prompts(num_prompts: int = 64) -> Dataset:
-    kinds = ("dead", "live", "also live, and longer")
-    return Dataset.from_dict({"prompt": [f"{kinds[n % 3]} {n}" for n in range(num_prompts)]})
+KINDS = ("dead", "live", "also live, and longer")  # prompts whose completions are rewarded alike, and others
+
+
+def canned_prompts(kinds=KINDS, num_prompts: int = 64) -> Dataset:
+    return Dataset.from_dict({"prompt": [f"{kinds[n % len(kinds)]} {n}" for n in range(num_prompts)]})
 
 
 def canned_config(output_dir, config_class=GRPOConfig, **options):
@@ -94,6 +97,7 @@ class Run:
     """What a training run left behind."""
 
     trainer: object
+    start: dict[str, torch.Tensor]  # weights
     weights: dict[str, torch.Tensor]
     log: list[dict[str, float]]
     forwards: list[Forward]  # through the policy
@@ -115,7 +119,9 @@ class ExactGradNorms(TrainerCallback):
             self.values.append(torch.stack(squares).sum().sqrt().item())
 
 
-def train_canned(trainer_class, args, model, *, tool_masks=False, resume=None, callbacks=(), **options) -> Run:
+def train_canned(
+    trainer_class, args, model, *, tool_masks=False, kinds=KINDS, resume=None, callbacks=(), **options
+) -> Run:
     """Train the checkpoint `model`, from the checkpoint `resume` if there is one.
 
     On one thread: the models are so small that a second one only waits.
@@ -126,7 +132,7 @@ def train_canned(trainer_class, args, model, *, tool_masks=False, resume=None, c
         model=model,
         reward_funcs=canned_reward,
         args=args,
-        train_dataset=canned_prompts(),
+        train_dataset=canned_prompts(kinds),
         processing_class=tiny_tokenizer(),
         rollout_func=CannedRollouts(tool_masks),
         callbacks=[norms, *callbacks],
@@ -138,14 +144,26 @@ def train_canned(trainer_class, args, model, *, tool_masks=False, resume=None, c
         ),
         with_kwargs=True,
     )
+    start = whole_weights(trainer.model)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         trainer.train(resume_from_checkpoint=resume)
     finally:
         torch.set_num_threads(threads)
-    weights = {name: weight.detach().clone() for name, weight in trainer.model.state_dict().items()}
-    return Run(trainer, weights, trainer.state.log_history, forwards, norms.values)
+    return Run(trainer, start, whole_weights(trainer.model), trainer.state.log_history, forwards, norms.values)
+
+
+def whole_weights(model) -> dict[str, torch.Tensor]:
+    """A copy of the weights; under ZeRO-3, of all processes' parts of them."""
+    parameters = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    gathered = nullcontext()
+    if parameters:
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(parameters)
+    with gathered:
+        return {name: weight.detach().float().clone() for name, weight in model.state_dict().items()}
 
 
 def relative_difference(weights, other, start) -> float:

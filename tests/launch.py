@@ -1,6 +1,7 @@
-"""Training in processes of their own."""
+"""Training in processes of its own, started as users start it."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -8,27 +9,44 @@ from pathlib import Path
 from typing import Any
 
 
-def two_process_launcher(folder: Path) -> list[str | Path]:
-    """The command before a script for DDP on two CPU processes; its configuration is written to `folder`.
+ROOT = Path(__file__).resolve().parent.parent
 
-    The type is MULTI_GPU with `use_cpu`: where it is MULTI_CPU, accelerate runs one process and says nothing.
-    """
-    config = folder / "ddp.yaml"
-    config.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nnum_machines: 1\n"
-        "num_processes: 2\nmachine_rank: 0\nmixed_precision: 'no'\nmain_training_function: main\n"
-    )
-    accelerate = Path(sys.executable).with_name("accelerate")
-    return [accelerate, "launch", "--main_process_port", "0", "--config_file", config]
+
+def launcher(config: str, *options: object, num_processes: int = 2) -> list[str]:
+    """The command before a script: `accelerate launch` with one of the recipes' configurations."""
+    return [
+        str(Path(sys.executable).with_name("accelerate")),
+        "launch",
+        *("--config_file", str(ROOT / "recipes" / "accelerate" / config)),
+        *("--num_processes", str(num_processes)),
+        *("--main_process_port", "0"),  # any that is free
+        *map(str, options),
+    ]
+
+
+def write_settings(folder: Path, name: str, **settings: Any) -> list[str]:
+    """The command of `run_canned.py` with these settings; what it leaves behind is in the folder `name`."""
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps({"output_dir": str(folder / name), **settings}))
+    return [str(Path(__file__).with_name("run_canned.py")), str(file)]
 
 
 def run_canned(
-    folder: Path, name: str, launcher: Sequence[str | Path] = (sys.executable,), **settings: Any
+    folder: Path, name: str, launcher: Sequence[str] = (sys.executable,), **settings: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run `run_canned.py` with these settings; what it leaves behind is in the folder `name`."""
-    file = folder / f"{name}.json"
-    file.write_text(json.dumps({"output_dir": str(folder / name), **settings}))
-    script = Path(__file__).with_name("run_canned.py")
+    """Run `run_canned.py` to its end."""
     return subprocess.run(
-        [*map(str, launcher), str(script), str(file)], capture_output=True, text=True, timeout=300, check=False
+        [*launcher, *write_settings(folder, name, **settings)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=ROOT,  # DeepSpeed's own files are named relative to it
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def ran_on(folder: Path, rank: int = 0) -> dict[str, Any]:
+    """What a process of `run_canned.py` has left behind."""
+    content: dict[str, Any] = json.loads((folder / f"rank-{rank}.json").read_text())
+    return content

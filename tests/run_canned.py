@@ -1,18 +1,25 @@
-"""Train on canned rollouts in a process of its own: `python run_canned.py SETTINGS.json`. It can kill itself."""
+"""Train on canned rollouts in processes of their own: `python run_canned.py SETTINGS.json`. They can kill themselves.
+
+The settings are those of one run, or `{"runs": [...]}`. A run leaves its weights in `final.safetensors`, and what each
+process ran on and saw in `rank-N.json`.
+"""
 
 import json
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
-from canned import canned_config, train_canned
+import torch
+from canned import KINDS, Run, canned_config, train_canned
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext.config import GRPOExtConfig
+from trl_grpo_ext.ranks import run_as_rank
 from trl_grpo_ext.trainer import GRPOExtTrainer
 
 
@@ -27,31 +34,67 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(settings):
+def sharding(engine: Any) -> dict[str, Any]:
+    """How DeepSpeed says that a model is shared out, and how many numbers this process really holds."""
+    stage = engine.zero_optimization_stage()
+    optimizer = engine.optimizer
+    parts = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    parameters = list(engine.module.parameters())
+    weights = [parameter.ds_tensor if stage == 3 else parameter for parameter in parameters]
+    sizes = [parameter.ds_numel if stage == 3 else parameter.numel() for parameter in parameters]
+    return {
+        "stage": stage,
+        "weights": sum(weight.numel() for weight in weights),
+        "all_weights": sum(sizes),
+        "trained": sum(part.numel() for part in parts),
+        "all_trained": sum(size for parameter, size in zip(parameters, sizes, strict=True) if parameter.requires_grad),
+        "dtype": str(weights[0].dtype),
+        "optimizer": type(engine.basic_optimizer).__name__,
+        "offloads_optimizer": engine.zero_offload_optimizer() is not None,
+        "offloads_weights": engine.zero_offload_param() is not None,
+    }
+
+
+def leave_behind(run: Run, folder: Path) -> None:
+    accelerator = run.trainer.accelerator
+    wrapped = run.trainer.model_wrapped
+    ran_on = {
+        "processes": accelerator.num_processes,
+        "wrapper": type(wrapped).__name__,
+        "packs": getattr(run.trainer, "packs", False),
+        "forwards": [[forward.tokens, forward.has_gradient] for forward in run.forwards],
+        "log": run.log,
+        "sharding": sharding(wrapped) if hasattr(wrapped, "zero_optimization_stage") else None,
+    }
+    (folder / f"rank-{accelerator.process_index}.json").write_text(json.dumps(ran_on))
+    if accelerator.is_main_process:
+        save_file(run.start, folder / "start.safetensors")
+        save_file(run.weights, folder / "final.safetensors")
+
+
+def train(settings: dict[str, Any]) -> Run:
     options = {"peft_config": LoraConfig(r=2, init_lora_weights=False)} if settings.get("lora") else {}
     classes = (GRPOTrainer, GRPOConfig) if settings.get("trainer") == "trl" else (GRPOExtTrainer, GRPOExtConfig)
     run = train_canned(
         classes[0],
         canned_config(settings["output_dir"], classes[1], **settings["options"]),
         settings["policy"],
+        kinds=settings.get("kinds", KINDS),
         resume=settings.get("resume"),
         callbacks=[Kill(settings["kill_at"])] if "kill_at" in settings else [],
         **options,
     )
-    accelerator = run.trainer.accelerator
-    if accelerator.is_main_process:
-        folder = Path(settings["output_dir"])
-        save_file(run.weights, folder / "final.safetensors")
-        ran_on = {
-            "processes": accelerator.num_processes,
-            "wrapper": type(run.trainer.model_wrapped).__name__,
-            "packs": getattr(run.trainer, "packs", False),
-        }
-        (folder / "ran_on.json").write_text(json.dumps(ran_on))
-    accelerator.wait_for_everyone()  # a rank that is gone early can leave the other one waiting
+    leave_behind(run, Path(settings["output_dir"]))
+    return run
+
+
+def main(settings: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    for settings_of_run in settings.get("runs", [settings]):
+        run = train(settings_of_run)
+        run.trainer.accelerator.wait_for_everyone()  # a rank that is gone early can leave the other one waiting
     run.trainer.end()
-    os._exit(0)  # see the end of the recipe: deallocating a process group can deadlock
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    run_as_rank(main, json.loads(Path(sys.argv[1]).read_text()))

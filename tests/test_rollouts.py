@@ -1,8 +1,6 @@
 """The rows of a generation batch: where they go, and that a checkpoint keeps them."""
 
-import json
 import math
-import os
 import signal
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 from canned import canned_config, train_canned
 from hypothesis import given
 from hypothesis import strategies as st
-from launch import run_canned, two_process_launcher
+from launch import run_canned
 from peft import LoraConfig
 from safetensors.torch import load_file
 from trl import GRPOConfig, GRPOTrainer
@@ -355,32 +353,6 @@ def test_killed_and_resumed(policy, tmp_path, lora):
     assert not (tmp_path / "killed" / "final.safetensors").exists()
     resumed = run_canned(tmp_path, "killed", resume=str(tmp_path / "killed" / "checkpoint-3"), **settings)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert_same_weights(
-        load_file(tmp_path / "killed" / "final.safetensors"), load_file(tmp_path / "straight" / "final.safetensors")
-    )
-
-
-@pytest.mark.slow
-def test_two_processes_killed_and_resumed(policy, tmp_path):
-    settings = {
-        "policy": policy,
-        "options": {**OPTIONS, "ddp_backend": "gloo"},
-        "launcher": two_process_launcher(tmp_path),
-    }
-    straight = run_canned(tmp_path, "straight", **settings)
-    assert (tmp_path / "straight" / "ran_on.json").is_file(), straight.stderr[-3000:]
-    ran_on = json.loads((tmp_path / "straight" / "ran_on.json").read_text())
-    assert ran_on == {"processes": 2, "wrapper": "DistributedDataParallel", "packs": True}
-    killed = run_canned(tmp_path, "killed", kill_at=5, **settings)
-    assert killed.returncode != 0
-    checkpoint = tmp_path / "killed" / "checkpoint-5"
-    files = sorted(os.listdir(checkpoint / FOLDER))
-    assert [file for file in files if file.endswith(".safetensors")] == [
-        "rank-00000-of-00002.safetensors",
-        "rank-00001-of-00002.safetensors",
-    ]
-    resumed = run_canned(tmp_path, "killed", resume=str(checkpoint), **settings)
-    assert (tmp_path / "killed" / "final.safetensors").is_file(), resumed.stderr[-3000:]
     assert_same_weights(
         load_file(tmp_path / "killed" / "final.safetensors"), load_file(tmp_path / "straight" / "final.safetensors")
     )

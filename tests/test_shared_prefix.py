@@ -1,14 +1,11 @@
 """The packed forward against a forward of each row by itself, and whole runs against TRL's."""
 
-import json
 from copy import deepcopy
 
 import pytest
 import torch
 from canned import canned_config, canned_prompts, canned_reward, relative_difference, train_canned
-from launch import run_canned, two_process_launcher
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -268,23 +265,6 @@ def test_metrics_of_the_update(options, policy, tmp_path):
     assert found.metric("update/tokens_computed") == computed
     skipped = found.metric("update/rows_skipped")
     assert (sum(skipped) > 0) == (options == {})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("beta", [0.0, 0.04])
-def test_two_processes_equal_trl(beta, policy, tmp_path):
-    """DDP: packed rows of other lengths on each process, and without a KL term micro-batches without a row."""
-    options = {"num_iterations": 2, "gradient_accumulation_steps": 2, "beta": beta, "ddp_backend": "gloo"}
-    settings = {"policy": policy, "launcher": two_process_launcher(tmp_path)}
-    theirs = run_canned(tmp_path, "theirs", trainer="trl", options=options, **settings)
-    ours = run_canned(tmp_path, "ours", options={**options, "shared_prefix": "on"}, **settings)
-    assert (tmp_path / "theirs" / "ran_on.json").is_file(), theirs.stderr[-3000:]
-    assert (tmp_path / "ours" / "ran_on.json").is_file(), ours.stderr[-3000:]
-    ran_on = json.loads((tmp_path / "ours" / "ran_on.json").read_text())
-    assert ran_on == {"processes": 2, "wrapper": "DistributedDataParallel", "packs": True}
-    found, expected = (load_file(tmp_path / name / "final.safetensors") for name in ("ours", "theirs"))
-    start = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).state_dict()
-    assert relative_difference(found, expected, start) <= 1e-5
 
 
 # What cannot be packed

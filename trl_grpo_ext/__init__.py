@@ -3,6 +3,7 @@
 - [`trl_grpo_ext.rewards`]: reward functions and bundles, usable in any TRL pipeline;
 - [`MultiIterationMixin`], [`GRPOExtTrainer`], [`GRPOExtConfig`]: several passes over one batch of rollouts;
 - [`SharedPrefixMixin`]: an update that computes each prompt once and no padding, with the same gradient;
+- [`WholeCheckpointsMixin`]: checkpoints that are whole or not there, whatever ends a run;
 - [`trl_grpo_ext.objective`]: the clipped objective as pure functions;
 - [`trl_grpo_ext.tasks`]: GSM8K, and word problems made from a seed;
 - [`trl_grpo_ext.evaluation`]: strict, flexible and sampled accuracy;
@@ -16,19 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .checkpoints import WholeCheckpointsMixin
     from .config import GRPOExtConfig
     from .iterations import MultiIterationMixin
     from .shared_prefix import SharedPrefixMixin
     from .trainer import GRPOExtTrainer
 
 __version__ = "0.1.0"
-__all__ = ["GRPOExtConfig", "GRPOExtTrainer", "MultiIterationMixin", "SharedPrefixMixin"]
+__all__ = ["GRPOExtConfig", "GRPOExtTrainer", "MultiIterationMixin", "SharedPrefixMixin", "WholeCheckpointsMixin"]
 
 _MODULES = {
     "GRPOExtConfig": "config",
     "GRPOExtTrainer": "trainer",
     "MultiIterationMixin": "iterations",
     "SharedPrefixMixin": "shared_prefix",
+    "WholeCheckpointsMixin": "checkpoints",
 }
 
 

@@ -8,15 +8,17 @@ distribution moved.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl.models import unwrap_model_for_generation
 
 from .rewards.correctness import numerically_equal
 from .rewards.extract import extract_last_number, extract_tagged_answer
@@ -148,7 +150,7 @@ def _undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     dataset: "Dataset",
     *,
@@ -162,8 +164,9 @@ def evaluate(
     """Measure a policy's accuracy on problems with the columns `prompt` and `answer`.
 
     Args:
-        model (`PreTrainedModel`):
-            The policy. Its mode and the state of the random number generators are as before afterwards.
+        model (`nn.Module`):
+            The policy, as the trainer holds it: wrapped, and shared out over processes, if `accelerator` is given.
+            Its mode and the state of the random number generators are as before afterwards.
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer, with a chat template.
         dataset (`datasets.Dataset`):
@@ -178,6 +181,7 @@ def evaluate(
             Seed of the samples.
         accelerator (`Accelerator`, *optional*):
             Where there are several processes: each takes its share of the problems, and all return the same figures.
+            Weights that are shared out are gathered for that time.
         description (`str` or `None`, *optional*, defaults to `"Evaluating"`):
             Label of the progress bar; `None` shows none.
 
@@ -192,12 +196,17 @@ def evaluate(
         raise ValueError("there are no problems to evaluate on; ask for at least one")
     process_index = accelerator.process_index if accelerator is not None else 0
     num_processes = accelerator.num_processes if accelerator is not None else 1
-    share = dataset.select(range(process_index, len(dataset), num_processes))
-    prompts, answers = list(share["prompt"]), list(share["answer"])
+    # Each process takes as many problems, the last ones twice if need be: where weights are shared out, all processes
+    # must generate equally often.
+    indices = range(process_index, len(dataset), num_processes)
+    share = dataset.select([*indices, *[len(dataset) - 1] * (-(-len(dataset) // num_processes) - len(indices))])
+    prompts, answers = list(share["prompt"]), list(share["answer"])[: len(indices)]
     runs = [(0.0, 1)] + ([(1.0, samples_per_item)] if samples_per_item else [])
     texts: list[list[list[str]]] = []
+    unwrapped = nullcontext(model) if accelerator is None else unwrap_model_for_generation(model, accelerator)
     with (
-        _undisturbed(model, seed + process_index),
+        unwrapped as policy,
+        _undisturbed(policy, seed + process_index),
         tqdm(
             total=len(share) * len(runs),
             desc=description,
@@ -208,7 +217,7 @@ def evaluate(
         for temperature, num_samples in runs:
             texts.append(
                 generate_texts(
-                    model,
+                    policy,
                     tokenizer,
                     prompts,
                     max_new_tokens=max_new_tokens,

@@ -4,13 +4,14 @@ from typing import Any, ClassVar
 
 from trl import GRPOTrainer
 
+from .checkpoints import WholeCheckpointsMixin
 from .config import GRPOExtConfig
 from .iterations import MultiIterationMixin
 from .shared_prefix import SharedPrefixMixin
 
 
-class GRPOExtTrainer(MultiIterationMixin, SharedPrefixMixin, GRPOTrainer):
-    """`trl.GRPOTrainer` with multi-iteration clipping and a shared prefix.
+class GRPOExtTrainer(WholeCheckpointsMixin, MultiIterationMixin, SharedPrefixMixin, GRPOTrainer):
+    """`trl.GRPOTrainer` with multi-iteration clipping, a shared prefix, and checkpoints that are whole or not there.
 
     Arguments are the same, with a [`GRPOExtConfig`] for `args`.
 
