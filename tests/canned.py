@@ -120,7 +120,16 @@ class ExactGradNorms(TrainerCallback):
 
 
 def train_canned(
-    trainer_class, args, model, *, tool_masks=False, kinds=KINDS, resume=None, callbacks=(), **options
+    trainer_class,
+    args,
+    model,
+    *,
+    tool_masks=False,
+    kinds=KINDS,
+    reward=canned_reward,
+    resume=None,
+    callbacks=(),
+    **options,
 ) -> Run:
     """Train the checkpoint `model`, from the checkpoint `resume` if there is one.
 
@@ -130,7 +139,7 @@ def train_canned(
     norms = ExactGradNorms()
     trainer = trainer_class(
         model=model,
-        reward_funcs=canned_reward,
+        reward_funcs=reward,
         args=args,
         train_dataset=canned_prompts(kinds),
         processing_class=tiny_tokenizer(),

@@ -1,18 +1,19 @@
 """Train on canned rollouts in processes of their own: `python run_canned.py SETTINGS.json`. They can kill themselves.
 
-The settings are those of one run, or `{"runs": [...]}`. A run leaves its weights in `final.safetensors`, and what each
-process ran on and saw in `rank-N.json`.
+The settings are those of one run, or `{"runs": [...]}`; `resume` is a checkpoint, or true for the newest one. A run
+leaves its weights in `final.safetensors`, and what each process ran on and saw in `rank-N.json`.
 """
 
 import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from canned import KINDS, Run, canned_config, train_canned
+from canned import KINDS, Run, canned_config, canned_reward, train_canned
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import TrainerCallback
@@ -21,6 +22,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_grpo_ext.config import GRPOExtConfig
 from trl_grpo_ext.ranks import run_as_rank
 from trl_grpo_ext.trainer import GRPOExtTrainer
+
+
+RANK = int(os.environ.get("RANK", "0"))
 
 
 class Kill(TrainerCallback):
@@ -32,6 +36,27 @@ class Kill(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.at_step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Stay(TrainerCallback):
+    """At a step, write this process's id to a file and stay there, as if the step took long."""
+
+    def __init__(self, at_step: int) -> None:
+        self.at_step = at_step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at_step:
+            Path(args.output_dir, f"rank-{RANK}.pid").write_text(str(os.getpid()))
+            signal.pause()
+
+
+def reward_that_fails(prompts, completion_ids, **kwargs):
+    raise ZeroDivisionError("this reward cannot divide")
+
+
+def offload_device(offload: Any) -> str:
+    """Where DeepSpeed's configuration says that something is kept: "cpu", or "none" for where it would be anyway."""
+    return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
 
 
 def sharding(engine: Any) -> dict[str, Any]:
@@ -50,8 +75,8 @@ def sharding(engine: Any) -> dict[str, Any]:
         "all_trained": sum(size for parameter, size in zip(parameters, sizes, strict=True) if parameter.requires_grad),
         "dtype": str(weights[0].dtype),
         "optimizer": type(engine.basic_optimizer).__name__,
-        "offloads_optimizer": engine.zero_offload_optimizer() is not None,
-        "offloads_weights": engine.zero_offload_param() is not None,
+        "optimizer_device": offload_device(engine.zero_offload_optimizer()),
+        "weights_device": offload_device(engine.zero_offload_param()),
     }
 
 
@@ -72,16 +97,22 @@ def leave_behind(run: Run, folder: Path) -> None:
         save_file(run.weights, folder / "final.safetensors")
 
 
-def train(settings: dict[str, Any]) -> Run:
+def train(settings: dict[str, Any], callbacks: Sequence[TrainerCallback] = ()) -> Run:
     options = {"peft_config": LoraConfig(r=2, init_lora_weights=False)} if settings.get("lora") else {}
     classes = (GRPOTrainer, GRPOConfig) if settings.get("trainer") == "trl" else (GRPOExtTrainer, GRPOExtConfig)
+    callbacks = [*callbacks]
+    if RANK in settings.get("kill_ranks", [RANK]) and "kill_at" in settings:
+        callbacks.append(Kill(settings["kill_at"]))
+    if "stay_at" in settings:
+        callbacks.append(Stay(settings["stay_at"]))
     run = train_canned(
         classes[0],
         canned_config(settings["output_dir"], classes[1], **settings["options"]),
         settings["policy"],
         kinds=settings.get("kinds", KINDS),
         resume=settings.get("resume"),
-        callbacks=[Kill(settings["kill_at"])] if "kill_at" in settings else [],
+        reward=reward_that_fails if settings.get("reward_fails_on") == RANK else canned_reward,
+        callbacks=callbacks,
         **options,
     )
     leave_behind(run, Path(settings["output_dir"]))

@@ -273,6 +273,17 @@ def test_resuming_is_exact(policy, tmp_path, schedule, options):
         assert resumed.trainer.rollout_func.num_calls < straight.trainer.rollout_func.num_calls
 
 
+def test_resuming_in_a_later_epoch_is_exact(policy, tmp_path):
+    """The order of prompts goes on as well: an epoch of 64 prompts ends after 32 steps."""
+    options = {"max_steps": 38}
+    straight = train(policy, tmp_path / "straight", (2, 2, 4), **options)
+    assert straight.trainer.state.epoch > 1
+    for step in (32, 34):  # where an epoch ends, and between two passes in the next one
+        checkpoint = str(tmp_path / "straight" / f"checkpoint-{step}")
+        resumed = train(policy, tmp_path / "resumed", (2, 2, 4), resume=checkpoint, **options)
+        assert_same_weights(resumed.weights, straight.weights)
+
+
 def test_trl_alone_is_not_exact(policy, tmp_path):
     """What the checkpoint's rollouts are for; when this fails, TRL has learned it."""
     straight = train(policy, tmp_path / "a", (3, 1, 1), trainer_class=GRPOTrainer)

@@ -71,11 +71,24 @@ def trained(tmp_path_factory):
         ("_save_checkpoint", ["self", "model", "trial"]),
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         ("_get_output_dir", ["self", "trial"]),
+        ("_get_train_sampler", ["self", "dataset"]),
+        ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
+        ("train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
         ("log", ["self", "logs", "start_time"]),
     ],
 )
 def test_signatures(name, parameters):
     assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters) == parameters
+
+
+def test_prompts_are_drawn_when_an_epoch_begins(trained):
+    """Resuming in a later epoch draws the orders of those before by beginning them."""
+    sampler = trained[0]._get_train_sampler()
+    epochs = [list(sampler) for _ in range(2)]
+    assert epochs[0] != epochs[1]
+    again = trained[0]._get_train_sampler()
+    next(iter(again))
+    assert list(again) == epochs[1]
 
 
 def test_signature_of_the_forward():

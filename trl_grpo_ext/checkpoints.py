@@ -44,11 +44,17 @@ def write_manifest(folder: Path) -> None:
     os.replace(part, folder / MANIFEST)
 
 
-def find_damage(folder: str | os.PathLike[str]) -> str | None:
+def find_damage(folder: str | os.PathLike[str], *, with_rollouts: bool = True) -> str | None:
     """What a checkpoint lacks, as a sentence that names the file; `None` if it is whole.
 
     A checkpoint without a manifest was written by another trainer: it is taken to be whole if the trainer's state is
     there. So is one whose folder of rollouts has been deleted: the next step then generates.
+
+    Args:
+        folder (`str` or `PathLike`):
+            The checkpoint.
+        with_rollouts (`bool`, *optional*, defaults to `True`):
+            Look at the rollouts as well; reading them, [`RolloutBuffer.load`] looks closer.
     """
     folder = Path(folder)
     if not (folder / STATE).is_file():
@@ -62,12 +68,14 @@ def find_damage(folder: str | os.PathLike[str]) -> str | None:
         return f"{manifest} cannot be read"
     for name, size in files.items():
         path = folder / name
-        if Path(name).parts[0] == ROLLOUTS and not (folder / ROLLOUTS).is_dir():
+        is_of_rollouts = Path(name).parts[0] == ROLLOUTS
+        if is_of_rollouts and not (with_rollouts and (folder / ROLLOUTS).is_dir()):
             continue
+        remedy = f" (without the folder {ROLLOUTS!r}, fresh rollouts are made)" if is_of_rollouts else ""
         if not path.is_file():
-            return f"{path} is missing"
+            return f"{path} is missing{remedy}"
         if path.stat().st_size != size:
-            return f"{path} has {path.stat().st_size:,} bytes, and {size:,} were written"
+            return f"{path} has {path.stat().st_size:,} bytes, and {size:,} were written{remedy}"
     return None
 
 
@@ -103,7 +111,7 @@ class WholeCheckpointsMixin(_GRPOTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_whole_checkpoint()
         elif resume_from_checkpoint:
-            damage = find_damage(resume_from_checkpoint)
+            damage = find_damage(resume_from_checkpoint, with_rollouts=False)
             if damage is not None:
                 raise CheckpointError(
                     f"checkpoint {str(resume_from_checkpoint)!r} is not whole: {damage}; restore it, or resume from "

@@ -65,6 +65,7 @@ class MultiIterationMixin(_GRPOTrainer):
         self._pending_statistics: list[tuple[int, bool, torch.Tensor]] = []  # (iteration, is own loss, statistics)
         self._pass_sums: torch.Tensor | None = None  # over the pass so far: tokens, KL to the old policy
         self._has_explained_zeros = False
+        self._train_sampler: Any = None
 
     # Rollouts
 
@@ -308,6 +309,10 @@ class MultiIterationMixin(_GRPOTrainer):
 
     # Checkpoints
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Before the rest: the trainer's state, which makes a folder a checkpoint, is written last.
         if extension_setting(self.args, "save_rollouts"):
@@ -335,6 +340,10 @@ class MultiIterationMixin(_GRPOTrainer):
         compat.set_buffered_micro_batches(self, None)
         # TRL would count from 0, and then generate in the middle of the passes over a batch of prompts.
         compat.set_step(self, self.state.global_step * self.args.gradient_accumulation_steps)
+        # The sampler draws the order of prompts when an epoch begins, each from the generator that the one before has
+        # left. Transformers goes to the place in the epoch, but would go there in the first epoch's order.
+        for _ in range(int(self.state.epoch or 0)):
+            next(iter(self._train_sampler), None)
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         found = sorted(folder.glob("rank-*-of-*.*"))
         if not found:

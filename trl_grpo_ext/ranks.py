@@ -9,10 +9,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed import DistError
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_FOR_THE_FIRST = 2.0
 
 
 def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
@@ -21,7 +23,8 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
     Among several processes
 
     - an exception ends the process at once, with a line that names rank, host and cause, which the launcher repeats at
-      the end of its report; so the launcher can end the others, which may be waiting in a collective call;
+      the end of its report; so the launcher can end the others, which may be waiting in a collective call. A process
+      that has only lost the connection to another one leaves it the time to be seen first;
     - a process whose launcher is gone ends within a second, instead of training on without its job;
     - a finished process ends without deallocating its process group: that waits for gloo's threads, while they may be
       waiting for Python's lock, which the deallocating thread holds. Now and then such a process never ended.
@@ -36,18 +39,30 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
         main(*arguments)
         return
     threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
+    error_handler = get_error_handler()
+    error_handler.initialize()
     status = 0
     try:
-        record(main)(*arguments)  # leaves the exception where the launcher looks for it
+        main(*arguments)
     except SystemExit as stopped:
         status = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     except BaseException as error:
-        traceback.print_exc()
-        _report(f"{type(error).__name__}: {error}")
+        if _is_lost_connection(error):
+            _report(f"it has lost another rank, whose message says why ({error})")
+            time.sleep(SECONDS_FOR_THE_FIRST)
+        else:
+            traceback.print_exc()
+            _report(f"{type(error).__name__}: {error}")
+        error_handler.record_exception(error)  # where the launcher looks for it
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective call failed because another process is gone; gloo raises a plain `RuntimeError`."""
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _end_with_launcher(launcher: int) -> None:

@@ -27,35 +27,35 @@ SETTINGS = {
 FULL, LORA, OFFLOADED = ("sgd", "sgd-kl"), ("lora", "lora-kl"), ("adam", "adam-kl")
 
 
-def run_all(folder, policy, names, launcher, trainer, prefix="", **options):
-    runs = [
+def settings_of_runs(folder, policy, names, trainer, **options):
+    packing = {} if trainer == "trl" else {"shared_prefix": "on"}
+    return [
         {
             **SETTINGS[name],
-            "options": {
-                **SETTINGS[name]["options"],
-                **({} if trainer == "trl" else {"shared_prefix": "on"}),
-                **options,
-            },
+            "options": {**SETTINGS[name]["options"], **packing, **options},
             # so few live groups that a process is without one now and then
             "kinds": ["dead", "dead", "live, and with a longer prompt"],
             "policy": policy,
             "trainer": trainer,
-            "output_dir": str(folder / f"{prefix}{name}"),
+            "output_dir": str(folder / trainer / name),
         }
         for name in names
     ]
+
+
+def run_all(folder, launcher, runs):
     result = run_canned(folder, "settings", launcher, runs=runs)
     assert result.returncode == 0, result.stderr[-5000:]
-    return folder
 
 
 @pytest.fixture(scope="module")
 def of_trl(policy, tmp_path_factory):
     """The same runs by TRL's trainer under DDP."""
-    folder = run_all(tmp_path_factory.mktemp("trl"), policy, SETTINGS, launcher("ddp_cpu.yaml"), "trl")
-    assert ran_on(folder / "sgd")["wrapper"] == "DistributedDataParallel"
-    assert ran_on(folder / "sgd")["processes"] == 2
-    return folder
+    folder = tmp_path_factory.mktemp("of_trl")
+    run_all(folder, launcher("ddp_cpu.yaml"), settings_of_runs(folder, policy, SETTINGS, "trl"))
+    assert ran_on(folder / "trl" / "sgd")["wrapper"] == "DistributedDataParallel"
+    assert ran_on(folder / "trl" / "sgd")["processes"] == 2
+    return folder / "trl"
 
 
 def series(folder, name):
@@ -85,29 +85,31 @@ def check_ranks(folder):
     [
         ("ddp_cpu.yaml", FULL, "DistributedDataParallel", None),
         ("ddp.yaml", FULL[:1], "DistributedDataParallel", None),
-        ("zero1.yaml", FULL, "DeepSpeedEngine", {"stage": 1}),
+        ("fsdp2.yaml", FULL[:1], "DistributedDataParallel", None),  # on CPUs accelerate makes it DDP
+        ("zero1.yaml", FULL, "DeepSpeedEngine", {"stage": 1, "optimizer_device": "none"}),
         ("zero2.yaml", FULL + LORA, "DeepSpeedEngine", {"stage": 2}),
         ("zero3.yaml", FULL[:1], "DeepSpeedEngine", {"stage": 3}),
         ("zero3_cpu.yaml", FULL + LORA, "DeepSpeedEngine", {"stage": 3}),
-        ("zero2_offload.yaml", OFFLOADED, "DeepSpeedEngine", {"stage": 2, "offloads_optimizer": True}),
+        ("zero2_offload.yaml", OFFLOADED, "DeepSpeedEngine", {"stage": 2, "optimizer_device": "cpu"}),
         (
             "zero3_offload.yaml",
             OFFLOADED,
             "DeepSpeedEngine",
-            {"stage": 3, "offloads_optimizer": True, "offloads_weights": True},
+            {"stage": 3, "optimizer_device": "cpu", "weights_device": "cpu"},
         ),
     ],
 )
 def test_trains_as_trl_does(of_trl, policy, tmp_path, config, names, wrapper, sharding):
     options = [] if config.endswith("_cpu.yaml") else ["--mixed_precision", "no"]
-    run_all(tmp_path, policy, names, launcher(config, *options), "ext")
+    run_all(tmp_path, launcher(config, *options), settings_of_runs(tmp_path, policy, names, "ext"))
     for name in names:
-        check(tmp_path / name, of_trl / name, 2e-5)
-        ours = ran_on(tmp_path / name)
+        found = tmp_path / "ext" / name
+        check(found, of_trl / name, 1e-5)
+        ours = ran_on(found)
         assert (ours["processes"], ours["wrapper"]) == (2, wrapper)
         assert ours["packs"]
         if not name.endswith("kl"):  # there each row has a gradient
-            check_ranks(tmp_path / name)
+            check_ranks(found)
         if sharding is not None:
             assert ours["sharding"] == {**ours["sharding"], **sharding}
             # DeepSpeed pads a partition to a multiple of a few numbers
@@ -116,3 +118,22 @@ def test_trains_as_trl_does(of_trl, policy, tmp_path, config, names, wrapper, sh
                 assert ours["sharding"]["weights"] == pytest.approx(ours["sharding"]["all_weights"] / 2, rel=0.05)
         if names == OFFLOADED:
             assert ours["sharding"]["optimizer"] == "DeepSpeedCPUAdam"
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "stage"),
+    [("zero2.yaml", [], 2), ("zero3_cpu.yaml", ["--mixed_precision", "bf16"], 3)],
+)
+def test_bf16(policy, tmp_path, config, options, stage):
+    """Against TRL's trainer under the same configuration, within what half precision leaves of a packed forward."""
+    runs = [
+        run
+        for trainer in ("trl", "ext")
+        for run in settings_of_runs(tmp_path, policy, FULL[1:] + LORA[:1], trainer, bf16=True)
+    ]
+    run_all(tmp_path, launcher(config, *options), runs)
+    for name in FULL[1:] + LORA[:1]:
+        check(tmp_path / "ext" / name, tmp_path / "trl" / name, 5e-2)
+        ours = ran_on(tmp_path / "ext" / name)
+        assert (ours["processes"], ours["wrapper"], ours["packs"]) == (2, "DeepSpeedEngine", True)
+        assert (ours["sharding"]["stage"], ours["sharding"]["dtype"]) == (stage, "torch.bfloat16")
