@@ -33,7 +33,7 @@ from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from trl_grpo_ext.checkpoints import find_damage, whole_checkpoints
 from trl_grpo_ext.embedded_policy import EMBEDDED_POLICY, embedded_policy_path
 from trl_grpo_ext.evaluation import Accuracy, evaluate
-from trl_grpo_ext.ranks import run_as_rank
+from trl_grpo_ext.ranks import BoundCollectiveCalls, run_as_rank
 from trl_grpo_ext.rewards import gsm8k_bundle, tag_bundle
 from trl_grpo_ext.tasks import load_arithmetic, load_gsm8k
 
@@ -259,6 +259,7 @@ def main(argv: list[str]) -> None:
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(CompactProgress)
+    trainer.add_callback(BoundCollectiveCalls)
 
     # Before, training, after
     def evaluate_all(when: str) -> dict[str, Accuracy]:

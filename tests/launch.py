@@ -12,14 +12,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def launcher(config: str, *options: object, num_processes: int = 2) -> list[str]:
+def launcher(config: str, *options: object, num_processes: int = 2, port: int = 0) -> list[str]:
     """The command before a script: `accelerate launch` with one of the recipes' configurations."""
     return [
         str(Path(sys.executable).with_name("accelerate")),
         "launch",
         *("--config_file", str(ROOT / "recipes" / "accelerate" / config)),
         *("--num_processes", str(num_processes)),
-        *("--main_process_port", "0"),  # any that is free
+        *("--main_process_port", str(port)),  # 0: any that is free
         *map(str, options),
     ]
 

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext.config import GRPOExtConfig
-from trl_grpo_ext.ranks import run_as_rank
+from trl_grpo_ext.ranks import BoundCollectiveCalls, run_as_rank
 from trl_grpo_ext.trainer import GRPOExtTrainer
 
 
@@ -100,10 +100,10 @@ def leave_behind(run: Run, folder: Path) -> None:
 def train(settings: dict[str, Any], callbacks: Sequence[TrainerCallback] = ()) -> Run:
     options = {"peft_config": LoraConfig(r=2, init_lora_weights=False)} if settings.get("lora") else {}
     classes = (GRPOTrainer, GRPOConfig) if settings.get("trainer") == "trl" else (GRPOExtTrainer, GRPOExtConfig)
-    callbacks = [*callbacks]
+    callbacks = [*callbacks, BoundCollectiveCalls()]
     if RANK in settings.get("kill_ranks", [RANK]) and "kill_at" in settings:
         callbacks.append(Kill(settings["kill_at"]))
-    if "stay_at" in settings:
+    if RANK in settings.get("stay_ranks", [RANK]) and "stay_at" in settings:
         callbacks.append(Stay(settings["stay_at"]))
     run = train_canned(
         classes[0],

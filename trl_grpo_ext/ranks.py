@@ -7,10 +7,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError
+from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from transformers import TrainerCallback
 
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -60,9 +62,23 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
     os._exit(status)
 
 
+class BoundCollectiveCalls(TrainerCallback):
+    """Lets every collective call give up after `ddp_timeout` seconds.
+
+    When a node is cut off, nothing tells the others: they wait for it. `ddp_timeout` bounds that for the group of processes
+    that accelerate makes; DeepSpeed calls through others, which wait for 10 minutes on GPUs and 30 on CPUs, whatever
+    was set.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if distributed.is_initialized():
+            for group in list(distributed.distributed_c10d._world.pg_map):
+                distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=args.ddp_timeout), group)
+
+
 def _is_lost_connection(error: BaseException) -> bool:
     """Whether a collective call failed because another process is gone; gloo raises a plain `RuntimeError`."""
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _end_with_launcher(launcher: int) -> None:
