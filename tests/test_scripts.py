@@ -71,6 +71,25 @@ def test_export_smollm2_says_what_is_missing(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_plan_memory(tmp_path, capsys):
+    module = load("plan_memory.py")
+    assert module.main(["--models", "0.5B", "7B", "--gpus", "1", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "7B: 7.62 B parameters, trained: all" in printed
+    assert "152 (122) too much" in printed  # DDP holds 16 bytes a parameter on each GPU
+    # a config alone, and adapters: the base's bf16 weights, and next to nothing else
+    LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2).save_pretrained(tmp_path)
+    assert module.main(["--models", str(tmp_path), "--gpus", "8", "--lora_rank", "8"]) == 0
+    size = module.model_size(module.load_config("7B"), lora_rank=16)
+    assert size.trained == pytest.approx(40.4e6, rel=0.01)  # as peft counts them
+    assert module.model_states(size, 2, 8) == pytest.approx(2 * size.parameters, rel=0.02)
+    assert module.model_states(size, 3, 8) == pytest.approx(2 * size.parameters / 8, rel=0.1)
+    assert module.main(["--models", str(tmp_path / "nothing")]) == 2
+    assert "there is no config of" in capsys.readouterr().err
+    assert module.main(["--gpus", "0"]) == 2
+    assert "--gpus must be at least 1, got 0" in capsys.readouterr().err
+
+
 @pytest.fixture
 def bench(monkeypatch):
     """The benchmark with a workload and a model that take a second."""

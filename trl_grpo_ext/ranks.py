@@ -65,9 +65,9 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
 class BoundCollectiveCalls(TrainerCallback):
     """Lets every collective call give up after `ddp_timeout` seconds.
 
-    When a node is cut off, nothing tells the others: they wait for it. `ddp_timeout` bounds that for the group of processes
-    that accelerate makes; DeepSpeed calls through others, which wait for 10 minutes on GPUs and 30 on CPUs, whatever
-    was set.
+    When a node is cut off, nothing tells the others: they wait for it. `ddp_timeout` bounds that for the group of
+    processes that accelerate makes; DeepSpeed calls through groups of its own, which wait for 10 minutes on GPUs and
+    30 on CPUs, whatever was set.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # it takes seconds, and DeepSpeed does it late  # noqa: F401
 from run_canned import train
 from transformers import TrainerCallback
 
