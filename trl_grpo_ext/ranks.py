@@ -47,6 +47,8 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
     try:
         main(*arguments)
     except SystemExit as stopped:
+        if isinstance(stopped.code, str):
+            print(stopped.code, file=sys.stderr)
         status = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     except BaseException as error:
         if _is_lost_connection(error):
