@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from .ranks import is_lost_connection
 from .rollouts import FOLDER as ROLLOUTS
 
 
@@ -160,6 +161,8 @@ class WholeCheckpointsMixin(_GRPOTrainer):
             if writes_for_node and aside.exists():  # a node with a file system of its own
                 _put_in_place(aside, place)
         except Exception as error:
+            if is_lost_connection(error):  # it is another rank that could not write
+                raise
             shutil.rmtree(aside.parent, ignore_errors=True)  # if the disk is full, this makes room
             others = whole_checkpoints(run_dir)[0]
             raise CheckpointError(

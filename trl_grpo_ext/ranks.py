@@ -51,7 +51,7 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
             print(stopped.code, file=sys.stderr)
         status = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     except BaseException as error:
-        if _is_lost_connection(error):
+        if is_lost_connection(error):
             _report(f"it has lost another rank, whose message says why ({error})")
             time.sleep(SECONDS_FOR_THE_FIRST)
         else:
@@ -78,7 +78,7 @@ class BoundCollectiveCalls(TrainerCallback):
                 distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=args.ddp_timeout), group)
 
 
-def _is_lost_connection(error: BaseException) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
     """Whether a collective call failed because another process is gone; gloo raises a plain `RuntimeError`."""
     return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
