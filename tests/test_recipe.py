@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launch import launcher
 from safetensors.torch import load_file
 from tiny import save_tiny_policy, tiny_tokenizer
 
@@ -29,7 +30,7 @@ def recipe():
 
 def run(*arguments, launcher=(sys.executable,), env=None, timeout=600):
     return subprocess.run(
-        [*map(str, launcher), str(RECIPE), *map(str, arguments)],
+        [*launcher, str(RECIPE), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -90,9 +91,10 @@ def check_summary(output_dir, items=8, steps=2):
 
 
 def test_a_small_run(tmp_path):
-    result = run(*small(tmp_path / "out"))
+    result = run(*small(tmp_path / "out"), launcher=launcher("cpu.yaml", num_processes=1))
     assert result.returncode == 0, result.stderr[-3000:]
     summary = check_summary(tmp_path / "out")
+    assert summary["processes"] == 1
     assert summary["model"] == "embedded"
     assert summary["dataset"] == "arithmetic"
     assert summary["accuracy_heldout_templates"]["after"]["items"] == 8
@@ -202,7 +204,7 @@ def test_resuming_ends_where_the_run_would_have_ended(tmp_path):
 @pytest.mark.slow
 def test_the_demo_learns(tmp_path):
     """The README's promise: a run with no argument but where to write."""
-    launch = [Path(sys.executable).with_name("accelerate"), "launch"]
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch"]
     result = run("--output_dir", tmp_path / "out", "--seed", 1, launcher=launch)
     assert result.returncode == 0, result.stderr[-3000:]
     accuracy = json.loads((tmp_path / "out" / "summary.json").read_text())["accuracy"]

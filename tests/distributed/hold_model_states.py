@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 
 def storages():
-    """Size in bytes by address, of all tensors that are alive."""
+    """All storages that tensors have, by address."""
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -25,12 +25,12 @@ def storages():
                 for tensor in (thing, thing.grad if thing.is_leaf else None):  # a gradient that nobody else refers to
                     if tensor is not None:
                         storage = tensor.untyped_storage()
-                        found[storage.data_ptr()] = storage.nbytes()
+                        found[storage.data_ptr()] = storage
     return found
 
 
 def held_bytes(config, stage):
-    before = storages()
+    before = storages()  # kept, so that nothing new gets their addresses
     model = AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=torch.float32)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     bucket = 1_000
@@ -60,7 +60,7 @@ def held_bytes(config, stage):
         engine.step()
     del loss
     gc.collect()
-    held = sum(size for address, size in storages().items() if address not in before)
+    held = sum(storage.nbytes() for address, storage in storages().items() if address not in before)
     engine.destroy()
     return {"parameters": num_parameters, "held": held}
 
