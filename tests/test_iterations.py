@@ -319,7 +319,7 @@ def test_a_loss_of_their_own(policy, start, tmp_path):
 def test_evaluation_in_between(policy, start, tmp_path):
     class Evaluated(GRPOExtTrainer):
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, eval_dataset=canned_prompts(4), **kwargs)
+            super().__init__(*args, eval_dataset=canned_prompts(num_prompts=4), **kwargs)
 
     options = {"num_iterations": 2, "max_steps": 4}
     ours = run(

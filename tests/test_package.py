@@ -6,12 +6,15 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import trl_grpo_ext
 
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 def test_wheel(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)],

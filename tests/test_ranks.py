@@ -30,10 +30,12 @@ run_as_rank(main, sys.argv[1])
 @pytest.mark.parametrize(
     ("how", "status", "message"),
     [
-        ("return", 0, None),
-        ("2", 2, None),
         ("raise", 1, "ends: ValueError: no such thing"),
-        ("connection", 1, "ends: it has lost another rank, whose message says why"),
+        pytest.param("return", 0, None, marks=pytest.mark.slow),
+        pytest.param("2", 2, None, marks=pytest.mark.slow),
+        pytest.param(
+            "connection", 1, "ends: it has lost another rank, whose message says why", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_rank_ends(tmp_path, how, status, message):
@@ -52,6 +54,7 @@ def test_a_rank_ends(tmp_path, how, status, message):
         assert "Traceback" in json.dumps(json.loads((tmp_path / "error").read_text()))
 
 
+@pytest.mark.slow
 def test_a_lone_process_is_left_alone():
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
     result = subprocess.run(

@@ -108,6 +108,7 @@ def test_a_small_run(tmp_path):
     assert "Evaluating before" in result.stderr
 
 
+@pytest.mark.slow
 def test_gsm8k_from_a_file_with_held_out_rows(tmp_path):
     rows = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(24)]
     file = tmp_path / "train.jsonl"

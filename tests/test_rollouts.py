@@ -251,7 +251,10 @@ def assert_same_weights(weights, expected):
 
 @pytest.mark.parametrize(
     ("schedule", "options"),
-    [pytest.param(schedule, {}, marks=[pytest.mark.slow] if n % 2 else []) for n, schedule in enumerate(SCHEDULES)]
+    [
+        pytest.param(schedule, {}, marks=[] if n in (0, 2) else [pytest.mark.slow])
+        for n, schedule in enumerate(SCHEDULES)
+    ]
     + [
         pytest.param((3, 1, 2), {"lora": True}, marks=pytest.mark.slow),
         pytest.param((3, 1, 2), {"reshuffle_iterations": True}, marks=pytest.mark.slow),

@@ -83,8 +83,7 @@ def check_ranks(folder):
 @pytest.mark.parametrize(
     ("config", "names", "wrapper", "sharding"),
     [
-        ("ddp_cpu.yaml", FULL, "DistributedDataParallel", None),
-        ("ddp.yaml", FULL[:1], "DistributedDataParallel", None),
+        ("ddp.yaml", FULL, "DistributedDataParallel", None),
         ("fsdp2.yaml", FULL[:1], "DistributedDataParallel", None),  # on CPUs accelerate makes it DDP
         ("zero1.yaml", FULL, "DeepSpeedEngine", {"stage": 1, "optimizer_device": "none"}),
         ("zero2.yaml", FULL + LORA, "DeepSpeedEngine", {"stage": 2}),
