@@ -43,7 +43,7 @@ def test_two_nodes(two_nodes, policy, tmp_path, config, stage, cuts_cable):
         [*two_nodes, sys.executable, str(HERE / "two_nodes.py"), str(tmp_path / "settings.json")],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=500,
         check=False,
     )
     second = (tmp_path / "second.0").read_text() if (tmp_path / "second.0").exists() else ""
