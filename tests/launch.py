@@ -13,6 +13,8 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parent.parent
+# DeepSpeed decorates functions for torch.compile when it starts, which imports torch's compiler: seconds, for nothing.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 
 def launcher(config: str, *options: object, num_processes: int = 2, port: int = 0) -> list[str]:
@@ -47,7 +49,7 @@ def run_canned(
         timeout=300,
         check=False,
         cwd=ROOT,  # DeepSpeed's own files are named relative to it
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launch import ROOT, launcher, ran_on, run_canned, write_settings
+from launch import ENVIRONMENT, ROOT, launcher, ran_on, run_canned, write_settings
 from safetensors.torch import load_file
 
 from trl_grpo_ext.checkpoints import whole_checkpoints
@@ -137,7 +137,7 @@ def test_killed_at_twenty_moments(policy, tmp_path):
         text=True,
         timeout=300,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
     assert result.returncode == 0, result.stderr[-5000:]
     assert ran_on(tmp_path / "out")["sharding"]["stage"] == 2

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import ROOT, launcher
+from launch import ENVIRONMENT, ROOT, launcher
 from transformers import LlamaConfig
 
 
@@ -45,6 +45,7 @@ def test_model_states(tmp_path):
         capture_output=True,
         text=True,
         timeout=200,
+        env=ENVIRONMENT,
         check=False,
     )
     assert (tmp_path / "held.json").exists(), result.stderr[-3000:]

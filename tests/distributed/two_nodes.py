@@ -1,7 +1,6 @@
 """Two nodes train, the second one is lost, and both go on: `bash two_nodes.sh python two_nodes.py SETTINGS.json`."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch import ROOT, launcher, write_settings
+from launch import ENVIRONMENT, ROOT, launcher, write_settings
 
 
 NODES = (0, 1)
@@ -23,7 +22,7 @@ def in_node(node, *command):
 def start(settings, folder, name, **more):
     """Start a launcher on each node; they print to `<name>.<node>`."""
     # gloo looks for an address by the host's name, which is not one of these
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
+    env = {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "cable"}
     script = write_settings(folder, name, **{**settings["run"], "output_dir": settings["output_dir"], **more})
     processes = []
     for node in NODES:
