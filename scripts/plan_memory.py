@@ -152,7 +152,7 @@ def model_states(size: ModelSize, stage: int, num_gpus: int) -> float:
     and gradients in fp32: 16 bytes. DeepSpeed's own estimators count 4 more in each GPU's share, for the gradients in
     fp32 that are there in the optimizer step alone.
     """
-    frozen = 2 * (size.parameters - size.trained) if size.trained != size.parameters else 0
+    frozen = 2 * (size.parameters - size.trained)
     if stage == 0:
         return frozen + 16 * size.trained
     weights, gradients, optimizer = frozen + 2 * size.trained, 2 * size.trained, 12 * size.trained

@@ -175,6 +175,12 @@ def whole_weights(model) -> dict[str, torch.Tensor]:
         return {name: weight.detach().float().clone() for name, weight in model.state_dict().items()}
 
 
+def assert_same_weights(weights, expected):
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        assert weight.equal(expected[name]), name
+
+
 def relative_difference(weights, other, start) -> float:
     """Distance of two sets of weights relative to how far training has moved them."""
     distance = sum((weights[name] - other[name]).double().square().sum() for name in weights)

@@ -1,5 +1,6 @@
 """Training in processes of its own, started as users start it."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -42,15 +44,23 @@ def run_canned(
     folder: Path, name: str, launcher: Sequence[str] = (sys.executable,), **settings: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run `run_canned.py` to its end."""
+    return run_to_the_end([*launcher, *write_settings(folder, name, **settings)])
+
+
+def run_to_the_end(command: Sequence[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run a command from the checkout, to which DeepSpeed's own files are named relative."""
     return subprocess.run(
-        [*launcher, *write_settings(folder, name, **settings)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=ROOT,  # DeepSpeed's own files are named relative to it
-        env=ENVIRONMENT,
+        command, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT, env=ENVIRONMENT
     )
+
+
+def load_script(file: Path) -> ModuleType:
+    """A script as a module, to call its functions."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def ran_on(folder: Path, rank: int = 0) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def leave_behind(run: Run, folder: Path) -> None:
         save_file(run.weights, folder / "final.safetensors")
 
 
-def train(settings: dict[str, Any], callbacks: Sequence[TrainerCallback] = ()) -> Run:
+def train(settings: dict[str, Any], callbacks: Sequence[TrainerCallback]) -> Run:
     options = {"peft_config": LoraConfig(r=2, init_lora_weights=False)} if settings.get("lora") else {}
     classes = (GRPOTrainer, GRPOConfig) if settings.get("trainer") == "trl" else (GRPOExtTrainer, GRPOExtConfig)
     callbacks = [*callbacks, BoundCollectiveCalls()]
@@ -119,10 +119,10 @@ def train(settings: dict[str, Any], callbacks: Sequence[TrainerCallback] = ()) -
     return run
 
 
-def main(settings: dict[str, Any]) -> None:
+def main(settings: dict[str, Any], callbacks: Sequence[TrainerCallback] = ()) -> None:
     torch.set_num_threads(1)
     for settings_of_run in settings.get("runs", [settings]):
-        run = train(settings_of_run)
+        run = train(settings_of_run, callbacks)
         run.trainer.accelerator.wait_for_everyone()  # a rank that is gone early can leave the other one waiting
     run.trainer.end()
 

@@ -5,8 +5,7 @@ import resource
 import shutil
 
 import pytest
-from canned import canned_config, train_canned
-from test_rollouts import assert_same_weights
+from canned import assert_same_weights, canned_config, train_canned
 from transformers import TrainerCallback
 
 from trl_grpo_ext.checkpoints import ASIDE, MANIFEST, CheckpointError, find_damage, whole_checkpoints

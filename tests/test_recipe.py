@@ -1,6 +1,5 @@
 """The recipe, run as a user runs it. What needs only its arguments parsed is called in this process."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import launcher
+from launch import launcher, load_script
 from safetensors.torch import load_file
 from tiny import save_tiny_policy, tiny_tokenizer
 
@@ -20,12 +19,7 @@ CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("gsm8k_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script(RECIPE)
 
 
 def run(*arguments, launcher=(sys.executable,), env=None, timeout=600):

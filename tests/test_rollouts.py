@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from canned import canned_config, train_canned
+from canned import assert_same_weights, canned_config, train_canned
 from hypothesis import given
 from hypothesis import strategies as st
 from launch import run_canned
@@ -241,12 +241,6 @@ def train(policy, output_dir, schedule=(2, 1, 1), resume=None, lora=False, train
     return train_canned(
         trainer_class, canned_config(output_dir, config_class, **options), policy, resume=resume, **passed
     )
-
-
-def assert_same_weights(weights, expected):
-    assert weights.keys() == expected.keys()
-    for name, weight in weights.items():
-        assert weight.equal(expected[name]), name
 
 
 @pytest.mark.parametrize(

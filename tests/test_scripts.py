@@ -1,5 +1,4 @@
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -7,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launch import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from trl_grpo_ext.embedded_policy import embedded_policy_path
@@ -22,11 +22,7 @@ def run(script, *arguments):
 
 
 def load(script):
-    spec = importlib.util.spec_from_file_location(Path(script).stem, SCRIPTS / script)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPTS / script)
 
 
 @pytest.mark.slow

@@ -34,15 +34,13 @@ class CheckpointError(RuntimeError):
 
 
 def write_manifest(folder: Path) -> None:
-    """Note name and size of every file in a checkpoint, in its `manifest.json`."""
+    """Note name and size of every file in a checkpoint that still lies aside, in its `manifest.json`."""
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(MANIFEST)
+        if path.is_file()
     }
-    part = folder / f"{MANIFEST}.part"
-    part.write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
-    os.replace(part, folder / MANIFEST)
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
 
 
 def find_damage(folder: str | os.PathLike[str], *, with_rollouts: bool = True) -> str | None:

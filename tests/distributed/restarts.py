@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # it takes seconds, and DeepSpeed does it late  # noqa: F401
-from run_canned import train
+import run_canned
 from transformers import TrainerCallback
 
 from trl_grpo_ext.checkpoints import whole_checkpoints
@@ -84,9 +84,7 @@ def attempt(settings, number, callbacks):
 
 def train_to_the_end(settings, callbacks):
     resume = bool(whole_checkpoints(settings["output_dir"])[0])
-    run = train({**settings, "resume": resume or None}, callbacks)
-    run.trainer.accelerator.wait_for_everyone()
-    run.trainer.end()
+    run_canned.main({**settings, "resume": resume or None}, callbacks)
 
 
 def main(settings):

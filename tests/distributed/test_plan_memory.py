@@ -1,13 +1,10 @@
 """The plan's model states against what ranks really hold."""
 
-import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launch import ENVIRONMENT, ROOT, launcher
+from launch import ROOT, launcher, load_script, run_to_the_end
 from transformers import LlamaConfig
 
 
@@ -27,27 +24,15 @@ CONFIGS = {
 
 
 def test_model_states(tmp_path):
-    spec = importlib.util.spec_from_file_location("plan_memory", ROOT / "scripts" / "plan_memory.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = load_script(ROOT / "scripts" / "plan_memory.py")
     configs = {
         name: {"num_attention_heads": 4, "tie_word_embeddings": shape["tied"], **shape}
         for name, shape in CONFIGS.items()
     }
     (tmp_path / "configs.json").write_text(json.dumps(configs))
-    result = subprocess.run(
-        [
-            *launcher("ddp_cpu.yaml"),
-            str(Path(__file__).with_name("hold_model_states.py")),
-            *(str(tmp_path / name) for name in ("configs.json", "held.json")),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=ENVIRONMENT,
-        check=False,
-    )
+    script = str(Path(__file__).with_name("hold_model_states.py"))
+    files = [str(tmp_path / name) for name in ("configs.json", "held.json")]
+    result = run_to_the_end([*launcher("ddp_cpu.yaml"), script, *files], timeout=200)
     assert (tmp_path / "held.json").exists(), result.stderr[-3000:]
     held = json.loads((tmp_path / "held.json").read_text())
     for name, config in configs.items():

@@ -1,11 +1,10 @@
 """The recipe, started on two processes as its README says."""
 
 import json
-import subprocess
 
 import pytest
 import torch
-from launch import ROOT, launcher
+from launch import ROOT, launcher, run_to_the_end
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -17,14 +16,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 def run(command, output_dir, **options):
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    result = subprocess.run(
-        [*command, str(ROOT / "recipes" / "gsm8k.py"), "--output_dir", str(output_dir), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-        cwd=ROOT,
-    )
+    script = str(ROOT / "recipes" / "gsm8k.py")
+    result = run_to_the_end([*command, script, "--output_dir", str(output_dir), *arguments], timeout=400)
     assert result.returncode == 0, result.stderr[-5000:]
     # progress and results come from one process
     assert result.stdout.count("new numbers, known templates") == 1
