@@ -1,7 +1,7 @@
 """`SharedPrefixMixin`: log-probabilities from a packed row in which each prompt stands once."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -11,6 +11,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from .. import compat
 from ..config import check_settings, extension_setting
+from ..mixin_order import OrderedMixin
 from ..rollouts import RolloutBuffer
 from .attention import STOCK, Segments, use_shared_prefix_attention
 from .layout import LayoutError, packed_layout
@@ -19,17 +20,12 @@ from .prefill import shared_prefill
 
 logger = get_logger(__name__)
 
-if TYPE_CHECKING:
-    from trl import GRPOTrainer as _GRPOTrainer
-else:
-    _GRPOTrainer = object  # it may stand before any subclass of TRL's
-
 # Largest difference of log-probabilities, in nats, between a packed and a padded forward in fp32; and the largest mean
 # difference in half precision, where single tokens differ by as much as two padded forwards do.
 TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-3, 0.05
 
 
-class SharedPrefixMixin(_GRPOTrainer):
+class SharedPrefixMixin(OrderedMixin):
     """A shared prompt computed once, and no padding, for any `trl.GRPOTrainer`.
 
     Policy, old-policy and reference forwards go through one packed row for each micro-batch (see
