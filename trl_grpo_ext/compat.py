@@ -30,6 +30,7 @@ SEAMS = (
     "_get_output_dir",  # where a run's checkpoints lie
     "_get_per_token_logps_and_entropies",  # every forward, of the policy and of the reference
     "_get_train_sampler",  # the order of prompts
+    "_init_training_state",  # epoch and batches to begin with
     "_load_optimizer_and_scheduler",  # the last thing that is read of a checkpoint before training goes on
     "_prepare_inputs",  # the rows of the next micro-batch, generated where it is time
     "_push_from_checkpoint",  # what is done with a checkpoint when it has been written

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from trl.models.utils import disable_gradient_checkpointing
 
 from . import compat
@@ -330,6 +332,28 @@ class MultiIterationMixin(OrderedMixin):
         self._train_sampler = super()._get_train_sampler(*args, **kwargs)
         return self._train_sampler
 
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None or has_length(self.train_dataset):
+            return epochs, batches
+        # Of a stream, which has no length, transformers takes all steps for steps of the first epoch. How many batches
+        # of the present one have been taken is in the epoch that it has saved, as a share of all the run's batches.
+        saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        epochs = int(saved.epoch or 0)
+        if not self.args.ignore_data_skip:
+            share = (saved.epoch or 0) - epochs
+            batches = round(share * saved.max_steps * self.args.gradient_accumulation_steps)
+        return epochs, batches
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Before the rest: the trainer's state, which makes a folder a checkpoint, is written last.
         if extension_setting(self.args, "save_rollouts"):
@@ -360,7 +384,7 @@ class MultiIterationMixin(OrderedMixin):
         compat.set_step(self, self.state.global_step * self.args.gradient_accumulation_steps)
         # The sampler draws the order of prompts when an epoch begins, each from the generator that the one before has
         # left. Transformers goes to the place in the epoch, but would go there in the first epoch's order. A stream
-        # has no sampler: its order depends on the number of the epoch, which transformers tells it.
+        # has no sampler: its order depends on the number of the epoch alone.
         if self._train_sampler is not None:
             for _ in range(int(self.state.epoch or 0)):
                 next(iter(self._train_sampler), None)
