@@ -48,11 +48,6 @@ class LeftOut:
     rows_with_tokens: int = 0
     tokens: int = 0
 
-    def __add__(self, other: "LeftOut") -> "LeftOut":
-        return LeftOut(
-            self.rows + other.rows, self.rows_with_tokens + other.rows_with_tokens, self.tokens + other.tokens
-        )
-
 
 @torch.no_grad()
 def micro_batch_statistics(
