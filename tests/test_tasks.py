@@ -88,8 +88,8 @@ def test_gsm8k_without_system_prompt(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"question": "q", "answer": "24"}', "line 3: the answer has no '#### '"),
-        ('{"question": "q", "answer": "#### "}', "line 3: the answer has no '#### '"),
+        ('{"question": "q", "answer": "24"}', "line 3: the answer has no '####'"),
+        ('{"question": "q", "answer": "#### "}', "line 3: the answer has no '####'"),
         ('{"question": "q"}', "line 3: no text in column 'answer'; its columns are question"),
         ('{"answer": "#### 24"}', "line 3: no text in column 'question'"),
         ('{"question": 3, "answer": "#### 24"}', "line 3: no text in column 'question'"),
@@ -113,7 +113,7 @@ def test_gsm8k_missing_and_unreadable_files(tmp_path):
     with pytest.raises(ValueError, match="not a text in UTF-8"):
         load_gsm8k(str(tmp_path / "latin.jsonl"))
     write_parquet(tmp_path / "bad.parquet", [{"question": "q", "answer": "24"}])
-    with pytest.raises(ValueError, match=r"bad\.parquet, row 0: the answer has no '#### '"):
+    with pytest.raises(ValueError, match=r"bad\.parquet, row 0: the answer has no '####'"):
         load_gsm8k(str(tmp_path / "bad.parquet"))
 
 
