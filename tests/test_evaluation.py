@@ -1,5 +1,10 @@
+from decimal import Decimal
+
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from datasets import Dataset, IterableDataset
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,6 +25,16 @@ from trl_grpo_ext.tasks import load_arithmetic
         ("<answer>72</answer> of 100", "72", True, False),
         ("<answer>73</answer>", "72", False, False),
         ("", "72", False, False),
+        ("<answer>72</answer>", 72, True, True),
+        ("<answer>72.0</answer>", 72, True, True),
+        ("<answer>73</answer>", 72, False, False),
+        ("<answer>0.1</answer>", np.float32(0.1), True, True),
+        ("<answer>72</answer>", Decimal("72.00"), True, True),
+        ("<answer>72</answer>", "So.\n#### 72", True, True),
+        ("<answer>13</answer>", r"\sqrt{13}", False, False),
+        (r"<answer>\sqrt{13}</answer>", r"\sqrt{13}", True, False),
+        ("<answer>72</answer>", None, False, False),
+        ("<answer><NA></answer>", pd.NA, False, False),
     ],
 )
 def test_strict_and_flexible(text, answer, strict, flexible):
@@ -97,6 +112,51 @@ def test_training_goes_on_as_if_there_had_been_no_evaluation():
     assert model.training
 
 
-def test_nothing_to_evaluate_on_is_told():
-    with pytest.raises(ValueError, match="no problems to evaluate on"):
-        evaluate(tiny_model(), tiny_tokenizer(), load_arithmetic("heldout", 0), max_new_tokens=4)
+def test_answers_that_are_numbers_and_prompts_that_are_texts(policy):
+    """The same problems, as messages with answers as texts and as texts with answers as integers."""
+    model, tokenizer = policy
+    problems = load_arithmetic("heldout", 16)
+    texts = [
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        for prompt in problems["prompt"]
+    ]
+    accuracy = evaluate(model, tokenizer, problems, max_new_tokens=60, samples_per_item=0)
+    assert accuracy.strict > 0
+    plain = Dataset.from_dict({"prompt": texts, "answer": [int(answer) for answer in problems["answer"]]})
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        assert evaluate(model, tokenizer, plain, max_new_tokens=60, samples_per_item=0) == accuracy
+        assert (
+            evaluate(model, tokenizer, plain.with_format("numpy"), max_new_tokens=60, samples_per_item=0) == accuracy
+        )
+    finally:
+        tokenizer.chat_template = template
+
+
+def test_a_tokenizer_may_lack_a_pad_token():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts = ["a", "three words here"]
+    expected = generate_texts(model, tokenizer, prompts, max_new_tokens=4)
+    tokenizer.pad_token = None
+    assert generate_texts(model, tokenizer, prompts, max_new_tokens=4) == expected
+
+
+@pytest.mark.parametrize(
+    ("problems", "message"),
+    [
+        (Dataset.from_dict({"question": ["q"], "answer": ["1"]}), "these have question, answer: rename .* the prompt"),
+        (Dataset.from_dict({"prompt": ["q"], "target": ["1"]}), "these have prompt, target: rename .* the answer"),
+        (Dataset.from_dict({"prompt": ["q", "q"], "answer": ["1", None]}), "problem 1 has no answer"),
+        (Dataset.from_dict({"prompt": ["q"], "answer": [["1", "2"]]}), "problem 0 has no answer to compare with"),
+        (IterableDataset.from_generator(lambda: iter([{"prompt": "q", "answer": "1"}])), "whose length is known"),
+        ([{"prompt": "q", "answer": "1"}], "must be a datasets.Dataset"),
+        (load_arithmetic("heldout", 2), "the tokenizer has no chat template"),
+        (load_arithmetic("heldout", 0), "no problems to evaluate on"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told_before_anything_is_generated(monkeypatch, problems, message):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    tokenizer.chat_template = None
+    monkeypatch.setattr(model, "generate", lambda **kwargs: pytest.fail("it has generated"))
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, tokenizer, problems, max_new_tokens=4)
