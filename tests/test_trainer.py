@@ -60,7 +60,19 @@ def test_arguments_stand_where_trls_do(tmp_path):
     assert trainer.train_dataset is dataset
     assert trainer.processing_class is tokenizer
     with pytest.raises(TypeError, match="no_such_argument"):
-        GRPOExtTrainer(tiny_model(), gsm8k_bundle(), no_such_argument=1)
+        GRPOExtTrainer(tiny_model(), gsm8k_bundle(), config(tmp_path), no_such_argument=1)
+
+
+def test_arguments_of_another_trainers_own_reach_it(tmp_path):
+    class WithTeacher(GRPOTrainer):
+        def __init__(self, *args, teacher, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.teacher = teacher
+
+    class Both(GRPOExtTrainer, WithTeacher):
+        pass
+
+    assert make(tmp_path, tag_bundle(), trainer_class=Both, teacher="a teacher").teacher == "a teacher"
 
 
 def test_a_bundles_weights_are_taken(tmp_path):

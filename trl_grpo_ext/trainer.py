@@ -38,8 +38,10 @@ class GRPOExtTrainer(WholeCheckpointsMixin, MultiIterationMixin, SharedPrefixMix
     reward_weights: torch.Tensor
 
     def __init__(self, *positional: Any, **named: Any) -> None:
-        bound = inspect.signature(GRPOTrainer.__init__).bind(self, *positional, **named)
-        given = bound.arguments
+        signature = inspect.signature(GRPOTrainer.__init__)
+        others = {name: named.pop(name) for name in [*named] if name not in signature.parameters}  # of other classes
+        given = signature.bind(self, *positional, **named).arguments
+        del given["self"]
         model, reward_funcs, args = given["model"], given.get("reward_funcs"), given.get("args")
         if args is None:
             name = model if isinstance(model, str) else model.config.name_or_path
@@ -49,11 +51,11 @@ class GRPOExtTrainer(WholeCheckpointsMixin, MultiIterationMixin, SharedPrefixMix
         if isinstance(reward_funcs, RewardBundle | tuple):
             reward_funcs = list(reward_funcs)  # TRL writes into its list: reward models, an environment's own reward
         given.update(reward_funcs=reward_funcs, args=args)
-        super().__init__(*bound.args[1:], **bound.kwargs)
+        super().__init__(**given, **others)
         if reward_weights is not None:
             # An environment's own reward has come after the bundle's, and keeps the weight that TRL gives it.
-            others = self.reward_weights[len(reward_weights) :]
-            self.reward_weights = torch.cat([self.reward_weights.new_tensor(reward_weights), others])
+            weights_of_others = self.reward_weights[len(reward_weights) :]
+            self.reward_weights = torch.cat([self.reward_weights.new_tensor(reward_weights), weights_of_others])
 
     __init__.__signature__ = inspect.signature(GRPOTrainer.__init__)  # type: ignore[attr-defined]
 
