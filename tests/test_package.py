@@ -57,6 +57,6 @@ def test_the_version_is_in_the_changelog():
 
 
 def test_no_figure_of_another_evaluator_stands_beside_ours():
-    """Prompt, scorer and the share of the test set that others use make up to ten points; ours are strict accuracies."""
+    """Another prompt and another scorer make up to ten points; ours are strict accuracies."""
     for file in [ROOT / "README.md", *(ROOT / "recipes").rglob("*.md"), *(ROOT / "recipes").rglob("*.yaml")]:
         assert not re.search(r"published.*\d", file.read_text(), re.IGNORECASE), file
