@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from decimal import Decimal
 
 import numpy as np
@@ -8,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_grpo_ext import evaluation
 from trl_grpo_ext.embedded_policy import embedded_policy_path
 from trl_grpo_ext.evaluation import evaluate, generate_texts, is_flexibly_correct, is_strictly_correct
 from trl_grpo_ext.tasks import load_arithmetic
@@ -110,6 +112,35 @@ def test_training_goes_on_as_if_there_had_been_no_evaluation():
     evaluate(model, tokenizer, problems, max_new_tokens=4)
     assert torch.equal(torch.rand(3), expected)
     assert model.training
+
+
+def test_each_problem_counts_once_however_many_processes_there_are(monkeypatch):
+    """All processes generate equally often, so that the last problems are done twice; their answers count once."""
+    right = {"a", "d", "e"}
+    problems = Dataset.from_dict({"prompt": list("abcde"), "answer": [1] * 5})
+    generated, counted = [], []
+
+    class Process:
+        num_processes = 2
+
+        def __init__(self, index):
+            self.process_index = index
+
+    def generate(policy, tokenizer, prompts, *, num_samples, **kwargs):
+        generated.append(prompts)
+        return [[f"<answer>{1 if prompt in right else 2}</answer>"] * num_samples for prompt in prompts]
+
+    monkeypatch.setattr(evaluation, "generate_texts", generate)
+    monkeypatch.setattr(evaluation, "unwrap_model_for_generation", lambda model, accelerator: nullcontext(model))
+    monkeypatch.setattr(evaluation, "gather_object", lambda values: counted.append(values) or values)
+    for index in (0, 1):
+        evaluate(
+            tiny_model(), tiny_tokenizer(), problems, max_new_tokens=4, samples_per_item=2, accelerator=Process(index)
+        )
+    assert generated == [["a", "c", "e"]] * 2 + [["b", "d", "e"]] * 2
+    strict, flexible, sampled = [first + second for first, second in zip(counted[:3], counted[3:], strict=True)]
+    assert strict == flexible == [True, False, True, False, True]
+    assert sampled == [True, True, False, False, True, True, False, False, True, True]
 
 
 def test_answers_that_are_numbers_and_prompts_that_are_texts(policy):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import yaml
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from launch import ROOT, load_script
 
 from trl_grpo_ext.rewards import (
@@ -158,6 +158,12 @@ def test_a_stream_is_where_it_was_after_the_check():
         check_references(tag_bundle(), stream([{"prompt": "q"}], calls))
     with pytest.raises(TypeError, match="is an iterator"):
         check_references(tag_bundle(), iter(rows))
+
+
+def test_splits_are_no_rows():
+    splits = DatasetDict({"train": load_arithmetic("train", 4)})
+    with pytest.raises(TypeError, match=r"gives 'train' where a row, a dict, is expected: choose a split"):
+        check_references(tag_bundle(), splits)
 
 
 def run_script(*arguments):

@@ -3,6 +3,8 @@ import functools
 import pickle
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from trl_grpo_ext.rewards import (
     RewardBundle,
@@ -54,24 +56,23 @@ def test_no_reward_depends_on_the_length_of_a_right_answer():
     assert total(gsm8k_bundle(), format_solution("x", "7"), "72") == 2.0
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        format_solution("r", "72"),
-        format_solution("r", "7"),
-        "<reasoning>r</reasoning><answer>72</answer>",
-        format_solution("r", "72") + "\nand more",
-        "72",
-        "",
-    ],
-)
+PIECES = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", "72", "x", "\n</answer>", "\n<answer>\n"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+@example(format_solution("r", "72"))
+@example("<reasoning>r</reasoning><answer>72</answer>")
+@example(format_solution("r", "72") + "\nand more")
 def test_a_line_break_at_the_end_changes_no_score(text):
+    text = text.rstrip("\n")
     for reward_func in gsm8k_bundle():
-        if not text.endswith("more"):  # a line break among the trailing characters counts as one of them
-            assert reward_func(completions=[text], answer=["72"]) == reward_func(
-                completions=[f"{text}\n"], answer=["72"]
-            ), reward_func.__name__
-    assert total(gsm8k_bundle(), f"{text}abc", "72") <= total(gsm8k_bundle(), text, "72")
+        without, with_line_break = reward_func(completions=[text, f"{text}\n"], answer=["72", "72"])
+        assert without == with_line_break, reward_func.__name__
+
+
+def test_text_after_the_answer_costs():
+    text = format_solution("r", "72")
+    assert total(gsm8k_bundle(), f"{text}\nmore", "72") < total(gsm8k_bundle(), f"{text}\n", "72") == 4.0
 
 
 def test_the_notebooks_functions_keep_their_names_and_scores():
@@ -106,9 +107,9 @@ def test_weights_are_known_to_be_set_or_not():
 
 
 def test_what_makes_a_reward_is_no_reward():
-    with pytest.raises(TypeError, match=r"gsm8k_bundle is no reward .*: pass gsm8k_bundle\(\)"):
+    with pytest.raises(TypeError, match=r"gsm8k_bundle is no reward .*, gsm8k_bundle\(\)"):
         RewardBundle(gsm8k_bundle)
-    with pytest.raises(TypeError, match=r"pass get_int_reward\(\)"):
+    with pytest.raises(TypeError, match=r"get_int_reward\(\)"):
         tag_bundle() + [get_int_reward]
     with pytest.raises(TypeError, match=r"inside a list of rewards: pass `bundle \+"):
         RewardBundle([tag_bundle(), length_reward])

@@ -153,8 +153,8 @@ def test_rewards_in_a_tuple(tmp_path):
 
 def test_what_is_no_reward_is_refused(tmp_path):
     for reward_funcs, fix in (
-        (gsm8k_bundle, r"pass gsm8k_bundle\(\)"),
-        ([get_correctness_reward], r"pass get_correctness_reward\(\)"),
+        (gsm8k_bundle, r"when it is called, gsm8k_bundle\(\)"),
+        ([get_correctness_reward], r"when it is called, get_correctness_reward\(\)"),
         ([tag_bundle(), correctness_reward_func], r"pass `bundle \+ \[other_reward\]`"),
     ):
         refuses_to_make(reward_funcs, config(tmp_path), error=TypeError, match=fix)

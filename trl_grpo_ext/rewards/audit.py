@@ -174,7 +174,7 @@ def check_references(
     num_references = 0
     for row in islice(dataset, ROWS_READ):
         if not isinstance(row, Mapping):
-            raise TypeError(f"{dataset_name} has {_describe(row)} in the place of a row: choose a split of it")
+            raise TypeError(f"{dataset_name} gives {_describe(row)} where a row, a dict, is expected: choose a split")
         rows.append(row)
         num_references += any(not is_missing(row.get(reward_func.answer_column)) for reward_func in answer_rewards)
         if num_references == ROWS_CHECKED:

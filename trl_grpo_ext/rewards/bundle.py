@@ -44,9 +44,9 @@ def _is_model(reward_func: Any) -> bool:
 def refuse_what_is_no_reward(reward_func: Any) -> None:
     """Raise `TypeError` for what is easily put in the place of a reward: a function that makes some, or a bundle."""
     # The rewards of this package are no plain functions, whatever else it has is.
-    if isinstance(reward_func, FunctionType) and (reward_func.__module__ or "").startswith(__package__):
+    if isinstance(reward_func, FunctionType) and (reward_func.__module__ or "").startswith(f"{__package__}."):
         name = reward_func.__name__
-        raise TypeError(f"{name} is no reward but a function that makes some when it is called: pass {name}()")
+        raise TypeError(f"{name} is no reward itself: pass what it makes when it is called, {name}()")
     if isinstance(reward_func, RewardBundle):
         raise TypeError(f"{reward_func!r} stands inside a list of rewards: pass `bundle + [other_reward]`")
 

@@ -63,6 +63,8 @@ class XMLCountReward(_TaggedReward):
 
     def score(self, text: str) -> float:
         reasoning_open, reasoning_close, answer_open, answer_close = self.all_tags
+        if not self.final_newline_penalty:
+            text = text.removesuffix("\n")
         score = 0.0
         if text.count(f"{reasoning_open}\n") == 1:
             score += self.score_per_tag
@@ -105,7 +107,7 @@ def get_xmlcount_reward(
             and with the closing one. There is no lower bound: a text that goes on for long scores far below zero.
         final_newline_penalty (`bool`, *optional*, defaults to `True`):
             As in the notebooks, where a text that does not end in a line break is charged its whole length once.
-            `False` does not tell the two endings apart.
+            `False` does not see a line break at the end.
         tags (`tuple[str, str]`, *optional*, defaults to `("reasoning", "answer")`):
             Names of the reasoning tag and of the answer tag.
         name (`str`, *optional*, defaults to `"xmlcount_reward_func"`):
