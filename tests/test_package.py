@@ -54,3 +54,9 @@ def test_the_version_is_in_the_changelog():
     assert re.search(
         rf"^## {re.escape(trl_grpo_ext.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
     )
+
+
+def test_no_figure_of_another_evaluator_stands_beside_ours():
+    """Another prompt and another scorer make up to ten points; ours are strict accuracies."""
+    for file in [ROOT / "README.md", *(ROOT / "recipes").rglob("*.md"), *(ROOT / "recipes").rglob("*.yaml")]:
+        assert not re.search(r"published.*\d", file.read_text(), re.IGNORECASE), file

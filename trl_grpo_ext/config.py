@@ -36,6 +36,10 @@ class GRPOExtConfig(GRPOConfig):
         shared_prefix (`str`, *optional*, defaults to `"auto"`):
             Compute each prompt once for all its completions, and no padding: `"auto"` where the model and the batch
             allow it, `"on"` or an error that says why not, `"off"` never. Loss and gradient are the same.
+        check_references (`bool`, *optional*, defaults to `True`):
+            Raise when the trainer is made if this package's answer rewards cannot grade the first rows of the data
+            sets: a column that is missing, references that do not get full marks. `False` is for trainers that make
+            the column themselves.
     """
 
     reuse_first_pass_logps: bool = field(
@@ -62,6 +66,9 @@ class GRPOExtConfig(GRPOConfig):
             "'auto': where it can be done; 'on': or raise an error that says why not; 'off': never.",
             "choices": ["auto", "on", "off"],
         },
+    )
+    check_references: bool = field(
+        default=True, metadata={"help": "Raise if the answer rewards cannot grade the data sets' first rows."}
     )
 
     def __post_init__(self) -> None:
