@@ -10,7 +10,9 @@ The server, `python warm.py --serve DESCRIPTOR`, is given the socket on which it
 input does. What it imports must not look at a program's environment yet.
 """
 
+import contextlib
 import ctypes
+import importlib
 import json
 import os
 import runpy
@@ -25,22 +27,20 @@ from pathlib import Path
 SOCKET = "WARM_SOCKET"  # the environment variable that says where the server listens
 NAMESPACES = ("user", "net")
 SECONDS_BETWEEN_LOOKS = 0.2
-
-
-def import_all():
-    """What the programs that are started here import."""
-    import accelerate.commands.accelerate_cli
-    import deepspeed.runtime.zero.muon.muon_optimizer
-    import rich.console
-    import rich.table
-    import safetensors.torch
-    import torch.distributed.run
-
-    import canned
-    import trl_grpo_ext.evaluation
-    import trl_grpo_ext.rewards
-    import trl_grpo_ext.tasks
-    import trl_grpo_ext.trainer  # noqa: F401
+# What the programs import that are started here.
+MODULES = (
+    "accelerate.commands.accelerate_cli",
+    "torch.distributed.run",
+    "canned",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "rich.console",
+    "rich.table",
+    "safetensors.torch",
+    "trl_grpo_ext.evaluation",
+    "trl_grpo_ext.rewards",
+    "trl_grpo_ext.tasks",
+    "trl_grpo_ext.trainer",
+)
 
 
 def receive(connection, size):
@@ -122,10 +122,8 @@ def serve(listener):
                 pid, _ = clients.pop(connection)
                 os.close(found)
                 _, status = os.waitpid(pid, 0)
-                try:
+                with contextlib.suppress(OSError):  # the client has been killed
                     connection.sendall(struct.pack("!i", status))
-                except OSError:  # the client has been killed
-                    pass
                 connection.close()
             elif found in clients:
                 pid, _ = clients[found]
@@ -142,9 +140,9 @@ def become(request, descriptors):
     for target, descriptor in zip((0, 1, 2), descriptors, strict=False):
         os.dup2(descriptor, target)
     for name, descriptor in zip(NAMESPACES, descriptors[3:], strict=True):
-        if not os.path.samestat(os.fstat(descriptor), os.stat(f"/proc/self/ns/{name}")):
-            if ctypes.CDLL(None, use_errno=True).setns(descriptor, 0) != 0:
-                raise OSError(ctypes.get_errno(), f"this process cannot enter the {name} namespace of its client")
+        is_same = os.path.samestat(os.fstat(descriptor), os.stat(f"/proc/self/ns/{name}"))
+        if not is_same and ctypes.CDLL(None, use_errno=True).setns(descriptor, 0) != 0:
+            raise OSError(ctypes.get_errno(), f"this process cannot enter the {name} namespace of its client")
     for descriptor in descriptors:
         os.close(descriptor)
     os.chdir(request["folder"])
@@ -164,7 +162,8 @@ def become(request, descriptors):
 
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        import_all()
+        for module in MODULES:
+            importlib.import_module(module)
         become(*serve(int(sys.argv[2])))
     else:
         ask_for(sys.argv[1:])
