@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from accelerate.logging import get_logger
@@ -65,6 +65,7 @@ class SharedPrefixMixin(_GRPOTrainer):
         setting = extension_setting(self.args, "shared_prefix")
         self._packs: bool | None = False if setting == "off" else None
         self._packed_models: WeakSet[nn.Module] = WeakSet()  # those that were compared
+        self._inner_models: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
         self._reported_obstacles: set[str] = set()
         if setting == "on" and (obstacle := self._find_obstacle()) is not None:
             self._report_obstacle(obstacle)
@@ -95,7 +96,9 @@ class SharedPrefixMixin(_GRPOTrainer):
         """A model without what training puts around it; adapters stay."""
         if not isinstance(model, nn.Module):
             return model
-        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if model not in self._inner_models:  # accelerate takes milliseconds
+            self._inner_models[model] = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return self._inner_models[model]
 
     def _own_models(self) -> list[Any]:
         """Policy and reference model, unwrapped."""
