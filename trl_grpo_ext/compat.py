@@ -95,7 +95,7 @@ def has_active_randomness(model: nn.Module) -> bool:
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig):
             settings[id(config)] = vars(config)
-        settings[id(module)] = {name: value for name, value in vars(module).items() if isinstance(value, float)}
+        settings[id(module)] = {name: value for name, value in vars(module).items() if not isinstance(value, dict)}
     return any(map(_says_randomness, settings.values()))
 
 
@@ -105,7 +105,8 @@ def _says_randomness(settings: dict[Any, Any]) -> bool:
             value = vars(value)
         if isinstance(value, dict) and _says_randomness(value):
             return True
-        if isinstance(value, float) and value > 0 and _is_of_randomness(str(name).lower()):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and value > 0 and _is_of_randomness(str(name).lower()):
             return True
     return False
 
