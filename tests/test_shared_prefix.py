@@ -381,15 +381,13 @@ def test_a_fresh_doge_is_padded(tmp_path, caplog):
     """Its attention makes a mask from the values, which does nothing at first but to have a gradient."""
     set_seed(0)
     model = AutoModelForCausalLM.from_config(DogeConfig(**SHAPE), attn_implementation="sdpa")
-    oracle = deepcopy(model)
-    ids, mask, width = make_rows()
+    expected = logps_and_gradients(make_trainer(deepcopy(model), tmp_path, GRPOTrainer))
     trainer = make_trainer(model, tmp_path)
     with caplog.at_level("WARNING"):
-        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
-            trainer.model, ids, mask, width, compute_entropy=True
-        )
+        found = logps_and_gradients(trainer)
     assert "makes a mask of its own" in caplog.text
-    assert_close(gradients(model, logps, entropies), gradients(oracle, *by_row(oracle, ids, mask, width)))
+    assert found["model.layers.0.self_attn.A"].any()
+    assert_close(found, expected)
 
 
 def test_comparing_forwards_leaves_no_trace(tmp_path):
