@@ -160,8 +160,8 @@ class MultiIterationMixin(OrderedMixin):
             extension_setting(self.args, "reuse_first_pass_logps")
             and compat.takes_old_policy_forward(self)
             and not compat.corrects_sampling(self)
-            and not compat.has_active_randomness(self.model)
             and all(compat.foreign_override(self, name) is None for name in may_read_it)
+            and not compat.forwards_are_random(self)
         )
 
     def _forward(self, model: Any, micro_batch: dict[str, Any], compute_entropy: bool = False) -> tuple[Any, ...]:
