@@ -1,5 +1,6 @@
 """What the mixins rely on in TRL and transformers. When a release moves one of these, the test with its name fails."""
 
+import functools
 import inspect
 import random
 
@@ -15,6 +16,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_grpo_ext import compat
+from trl_grpo_ext.trainer import GRPOExtTrainer
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,18 @@ def trained(tmp_path_factory):
         ("_get_output_dir", ["self", "trial"]),
         ("_get_train_sampler", ["self", "dataset"]),
         ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
+        (
+            "_init_training_state",
+            [
+                "self",
+                "max_steps",
+                "num_update_steps_per_epoch",
+                "num_train_epochs",
+                "resume_from_checkpoint",
+                "trial",
+            ],
+        ),
+        ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
         ("train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
         ("log", ["self", "logs", "start_time"]),
     ],
@@ -155,13 +169,29 @@ def test_state(trained):
     assert trainer.current_gradient_accumulation_steps == 1
 
 
-def test_whose_loss_it_is():
-    class Other(GRPOTrainer):
-        def _compute_loss(self, model, inputs):
-            return super()._compute_loss(model, inputs)
+@pytest.mark.parametrize(
+    "name", ["compute_loss", "_compute_loss", "_prepare_inputs", "_generate_and_score_completions"]
+)
+def test_whose_method_it_is(name, monkeypatch):
+    """TRL's own methods are known as such, whatever decorators TRL puts around them; no other is taken for one."""
 
-    assert not compat.has_own_loss(GRPOTrainer._compute_loss)
-    assert compat.has_own_loss(Other._compute_loss)
+    class Other(GRPOTrainer):
+        pass
+
+    setattr(Other, name, lambda self, *args, **kwargs: getattr(super(Other, self), name)(*args, **kwargs))
+    trainers = {cls: object.__new__(cls) for cls in (GRPOTrainer, GRPOExtTrainer, Other)}
+    assert compat.foreign_override(trainers[GRPOTrainer], name) is None
+    assert compat.foreign_override(trainers[GRPOExtTrainer], name) is None
+    assert compat.foreign_override(trainers[Other], name) == f"Other.{name}"
+    setattr(trainers[GRPOTrainer], name, None)
+    assert "set on this GRPOTrainer" in compat.foreign_override(trainers[GRPOTrainer], name)
+
+    @functools.wraps(getattr(GRPOTrainer, name))
+    def replacement(self, *args, **kwargs):
+        raise NotImplementedError
+
+    monkeypatch.setattr(GRPOTrainer, name, replacement)
+    assert f"in place of GRPOTrainer.{name}" in compat.foreign_override(trainers[GRPOExtTrainer], name)
 
 
 def set_in_nested_config(model):
