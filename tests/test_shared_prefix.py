@@ -4,7 +4,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import is_compiled_module
 from canned import canned_config, canned_prompts, canned_reward, relative_difference, train_canned
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
@@ -532,10 +531,9 @@ def test_noise_on_embeddings_is_trls(policy, tmp_path, caplog):
 
 @pytest.fixture
 def compiled_by_accelerate(monkeypatch):
-    """What `torch_compile` leaves in the environment and in accelerate's state goes with the test."""
+    """What `torch_compile` leaves in the environment goes with the test."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
-    yield {"torch_compile": True, "torch_compile_backend": "eager"}
-    AcceleratorState._reset_state()
+    return {"torch_compile": True, "torch_compile_backend": "eager"}
 
 
 def test_a_model_that_training_compiles_is_padded(compiled_by_accelerate, tmp_path, caplog):
