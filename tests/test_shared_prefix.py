@@ -9,6 +9,7 @@ from canned import canned_config, canned_prompts, canned_reward, relative_differ
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from tiny import tiny_tokenizer
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     DogeConfig,
     Gemma2Config,
@@ -25,6 +26,7 @@ from transformers import (
     Qwen3Config,
     set_seed,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from trl import GRPOConfig, GRPOTrainer
@@ -492,6 +494,27 @@ def test_another_attention_is_seen_at_any_time(tmp_path, caplog):
     trainer.model.set_attn_implementation("sdpa")
     assert_close(logps_and_gradients(trainer), expected)
     assert tokens_computed(trainer) < make_rows()[0].numel()
+
+
+def test_an_attention_that_others_register_is_wrapped_too(tmp_path):
+    """Under the same name, when rows are packed already: packed rows go on, and padded ones take the new function."""
+    trainer = make_trainer(make_model(FAMILIES["qwen2"]), tmp_path, shared_prefix="on")
+    expected = logps_and_gradients(trainer)
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    calls = []
+
+    def theirs(module, *args, **kwargs):
+        calls.append(module)
+        return before(module, *args, **kwargs)
+
+    AttentionInterface.register("sdpa", theirs)
+    try:
+        assert_close(logps_and_gradients(trainer), expected)
+        assert not calls
+        trainer.model(input_ids=make_rows()[0])
+        assert len(calls) == trainer.model.config.num_hidden_layers
+    finally:
+        AttentionInterface.register("sdpa", before)
 
 
 def test_a_teacher_is_computed_from_padded_rows(tmp_path):
