@@ -4,12 +4,12 @@ from copy import deepcopy
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import is_compiled_module
 from canned import canned_config, canned_prompts, canned_reward, relative_difference, train_canned
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from tiny import tiny_tokenizer
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     DogeConfig,
     Gemma2Config,
@@ -26,6 +26,7 @@ from transformers import (
     Qwen3Config,
     set_seed,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from trl import GRPOConfig, GRPOTrainer
@@ -495,6 +496,27 @@ def test_another_attention_is_seen_at_any_time(tmp_path, caplog):
     assert tokens_computed(trainer) < make_rows()[0].numel()
 
 
+def test_an_attention_that_others_register_is_wrapped_too(tmp_path):
+    """Under the same name, when rows are packed already: packed rows go on, and padded ones take the new function."""
+    trainer = make_trainer(make_model(FAMILIES["qwen2"]), tmp_path, shared_prefix="on")
+    expected = logps_and_gradients(trainer)
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    calls = []
+
+    def theirs(module, *args, **kwargs):
+        calls.append(module)
+        return before(module, *args, **kwargs)
+
+    AttentionInterface.register("sdpa", theirs)
+    try:
+        assert_close(logps_and_gradients(trainer), expected)
+        assert not calls
+        trainer.model(input_ids=make_rows()[0])
+        assert len(calls) == trainer.model.config.num_hidden_layers
+    finally:
+        AttentionInterface.register("sdpa", before)
+
+
 def test_a_teacher_is_computed_from_padded_rows(tmp_path):
     """Policy and reference are compared and packed; a model of the user's is neither, whatever it is."""
     trainer = make_trainer(make_model(FAMILIES["llama"]), tmp_path, shared_prefix="on")
@@ -532,10 +554,9 @@ def test_noise_on_embeddings_is_trls(policy, tmp_path, caplog):
 
 @pytest.fixture
 def compiled_by_accelerate(monkeypatch):
-    """What `torch_compile` leaves in the environment and in accelerate's state goes with the test."""
+    """What `torch_compile` leaves in the environment goes with the test."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
-    yield {"torch_compile": True, "torch_compile_backend": "eager"}
-    AcceleratorState._reset_state()
+    return {"torch_compile": True, "torch_compile_backend": "eager"}
 
 
 def test_a_model_that_training_compiles_is_padded(compiled_by_accelerate, tmp_path, caplog):

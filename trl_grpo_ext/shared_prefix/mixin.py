@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from accelerate.logging import get_logger
@@ -61,7 +61,7 @@ class SharedPrefixMixin(OrderedMixin):
         setting = extension_setting(self.args, "shared_prefix")
         self._packs: bool | None = False if setting == "off" else None
         self._packed_models: WeakSet[nn.Module] = WeakSet()  # those that were compared
-        self._inner_models: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+        self._inner_models: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()
         self._reported_obstacles: set[str] = set()
         if setting == "on" and (obstacle := self._find_obstacle()) is not None:
             self._report_obstacle(obstacle)
@@ -92,9 +92,12 @@ class SharedPrefixMixin(OrderedMixin):
         """A model without what training puts around it; adapters stay."""
         if not isinstance(model, nn.Module):
             return model
-        if model not in self._inner_models:  # accelerate takes milliseconds
-            self._inner_models[model] = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        return self._inner_models[model]
+        found = self._inner_models.get(model)
+        inner = None if found is None else found()
+        if inner is None:  # accelerate takes milliseconds
+            inner = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+            self._inner_models[model] = ref(inner)
+        return inner
 
     def _own_models(self) -> list[Any]:
         """Policy and reference model, unwrapped."""
@@ -212,6 +215,7 @@ class SharedPrefixMixin(OrderedMixin):
         device = self.accelerator.device
         ids, mask, width = made_up_rows(self._unwrapped(self.model).config.vocab_size)
         ids, mask = ids.to(device), mask.to(device)
+        found = None
         for model in (self.model, self.ref_model):
             if model is None:
                 continue
@@ -231,9 +235,8 @@ class SharedPrefixMixin(OrderedMixin):
                         obstacle = difference_of_gradients(packed, padded, parameters, is_half)
                 except Exception as error:  # models of others: whatever they raise, they cannot be packed
                     obstacle = f"a packed forward fails ({type(error).__name__}: {error})"
-            if obstacle is not None:
-                return obstacle
-        return None
+            found = found or obstacle  # and on to the next model, because other processes go on to it
+        return found
 
     def _of_any_process(self, obstacle: str | None) -> str | None:
         """An obstacle of this process or, if it has none, of another one."""

@@ -16,8 +16,8 @@ TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-3, 0.05
 
 # The largest difference of gradients: in fp32 for each parameter, relative to its gradient's norm, or to a thousandth
 # of the largest norm where that is more, because some gradients are 0 but for rounding. In half precision for all
-# parameters together; a parameter without any gradient is found there too.
-GRADIENT_TOLERANCE, HALF_PRECISION_GRADIENT_TOLERANCE, SMALLEST_NORM = 1e-2, 0.3, 1e-3
+# parameters together. A parameter that has a gradient in one and none in the other is found in both.
+GRADIENT_TOLERANCE, HALF_PRECISION_GRADIENT_TOLERANCE, SMALLEST_NORM, ROUNDING = 1e-2, 0.3, 1e-3, 1e-6
 
 # Gradients of so many numbers are held at once, twice: those of all parameters could take more than training does.
 NUMBERS_AT_ONCE = 2**27
@@ -39,14 +39,15 @@ def made_up_rows(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Within it the model is in evaluation mode; behind it modes and random generators are as they were."""
-    were_training = [module for module in model.modules() if module.training]
+    modes = {module: module.training for module in model.modules()}
     with compat.generators_restored(device):
         model.eval()
         try:
             yield
         finally:
-            for module in were_training:
-                module.training = True
+            model.train(modes[model])
+            for module, mode in modes.items():
+                module.training = mode
 
 
 def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -78,36 +79,42 @@ def difference_of_gradients(
     one takes part.
     """
     weights = torch.randn(padded.shape, generator=torch.Generator().manual_seed(0)).to(padded)
-    sums = [(weights * logps).sum() for logps in (packed, padded)]
-    norms, differences, lost = {}, {}, []
+    norms, found_norms, differences = {}, {}, {}
     for names in _at_once(parameters):
         chosen = [parameters[name] for name in names]
-        of_packed, of_padded = (
-            torch.autograd.grad(total, chosen, retain_graph=True, allow_unused=True) for total in sums
-        )
+        try:
+            of_padded = _gradients((weights * padded).sum(), chosen)
+        except RuntimeError:  # autograd refuses, as it does where a model has reentrant checkpoints of its own
+            return None
+        of_packed = _gradients((weights * packed).sum(), chosen)
         for name, found, expected in zip(names, of_packed, of_padded, strict=True):
-            norms[name] = _norm(expected)
+            norms[name], found_norms[name] = _norm(expected), _norm(found)
             if found is None or expected is None:
-                differences[name] = max(_norm(found), norms[name])
+                differences[name] = max(norms[name], found_norms[name])
             else:
                 differences[name] = _norm(found - expected)
-            if _norm(found) == 0.0 < norms[name]:
-                lost.append(name)
     largest = max(norms.values(), default=0.0)
+    lost = [name for name, norm in norms.items() if found_norms[name] == 0.0 and norm > ROUNDING * largest]
     if is_half:
-        total, of_all = (sum(value**2 for value in values.values()) ** 0.5 for values in (norms, differences))
-        if not of_all <= HALF_PRECISION_GRADIENT_TOLERANCE * total:
-            lost = lost or list(parameters)
+        of_all, difference = (sum(value**2 for value in values.values()) ** 0.5 for values in (norms, differences))
+        if not lost and not difference <= HALF_PRECISION_GRADIENT_TOLERANCE * of_all:
+            lost = list(parameters)
     else:
-        lost = [
+        lost += [
             name
             for name, difference in differences.items()
-            if not difference <= GRADIENT_TOLERANCE * max(norms[name], SMALLEST_NORM * largest) or name in lost
+            if not difference <= GRADIENT_TOLERANCE * max(norms[name], SMALLEST_NORM * largest) and name not in lost
         ]
     if not lost:
         return None
     others = f" and {len(lost) - 3} others" if len(lost) > 3 else ""
     return f"a packed forward's gradient is not a padded one's for {', '.join(lost[:3])}{others}"
+
+
+def _gradients(total: torch.Tensor, parameters: list[nn.Parameter]) -> tuple[torch.Tensor | None, ...]:
+    if not total.requires_grad:
+        return (None,) * len(parameters)
+    return torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
 
 
 def _norm(gradient: torch.Tensor | None) -> float:
