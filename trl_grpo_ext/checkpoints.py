@@ -5,23 +5,19 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from .mixin_order import OrderedMixin
 from .ranks import is_lost_connection
 from .rollouts import FOLDER as ROLLOUTS
 
 
 logger = get_logger(__name__)
-
-if TYPE_CHECKING:
-    from trl import GRPOTrainer as _GRPOTrainer
-else:
-    _GRPOTrainer = object  # it may stand before any subclass of TRL's
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
@@ -95,7 +91,7 @@ def whole_checkpoints(output_dir: str | os.PathLike[str]) -> tuple[dict[int, Pat
     return whole, [damage for damage in damages.values() if damage is not None]
 
 
-class WholeCheckpointsMixin(_GRPOTrainer):
+class WholeCheckpointsMixin(OrderedMixin):
     """Checkpoints that are whole or not there, for any `trl.GRPOTrainer`; it goes before mixins that save themselves.
 
     A checkpoint is written to the folder `_incomplete`, and renamed when every process has written its part: what a
