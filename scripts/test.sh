@@ -7,5 +7,13 @@ cd "$ROOT"
 ruff check .
 ruff format --check .
 mypy
-# `-m ""` takes the slow tests in, which plain `pytest` leaves out.
-exec python -m pytest -m "" "$@"
+case " $* " in *" -m "*) exec python -m pytest "$@" ;; esac
+# Everything, also the slow tests, which plain `pytest` leaves out. Those that start processes of their own come last,
+# one at a time.
+single=0 distributed=0
+python -m pytest -m "not distributed" "$@" || single=$?
+python -m pytest -n 0 -m distributed "$@" || distributed=$?
+# 5: none of the tests that were asked for is of this part
+[ "$single" = 5 ] && exit "$distributed"
+[ "$distributed" = 5 ] && exit "$single"
+exit $((single > distributed ? single : distributed))

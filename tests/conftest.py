@@ -11,6 +11,9 @@ os.environ["HF_HOME"] = _HF_HOME.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+# One thread each, because there are as many processes as cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The same examples at every run, and none of them kept in a folder; no deadline, because machines are busy at times.
 settings.register_profile("default", database=None, deadline=None, derandomize=True)
 settings.load_profile("default")

@@ -70,10 +70,10 @@ def write_settings(folder: Path, name: str, **settings: Any) -> list[str]:
 
 
 def run_canned(
-    folder: Path, name: str, launcher: Sequence[str] = (sys.executable,), **settings: Any
+    folder: Path, name: str, launcher: Sequence[str] = (), **settings: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run `run_canned.py` to its end."""
-    return run_to_the_end([*launcher, *write_settings(folder, name, **settings)])
+    return run_to_the_end([*(launcher or warm_python()), *write_settings(folder, name, **settings)])
 
 
 def run_to_the_end(command: Sequence[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import launcher, load_script
+from launch import launcher, load_script, warm_python
 from safetensors.torch import load_file
 from tiny import save_tiny_policy, tiny_tokenizer
 
@@ -22,9 +22,9 @@ def recipe():
     return load_script(RECIPE)
 
 
-def run(*arguments, launcher=(sys.executable,), env=None, timeout=600):
+def run(*arguments, launcher=None, env=None, timeout=600):
     return subprocess.run(
-        [*launcher, str(RECIPE), *map(str, arguments)],
+        [*(launcher or warm_python()), str(RECIPE), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -85,7 +85,7 @@ def check_summary(output_dir, items=8, steps=2):
 
 
 def test_a_small_run(tmp_path):
-    result = run(*small(tmp_path / "out"), launcher=launcher("cpu.yaml", num_processes=1))
+    result = run(*small(tmp_path / "out"), launcher=launcher("cpu.yaml", num_processes=1, is_warm=False))
     assert result.returncode == 0, result.stderr[-3000:]
     summary = check_summary(tmp_path / "out")
     assert summary["processes"] == 1

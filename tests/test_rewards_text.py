@@ -38,3 +38,9 @@ from trl_grpo_ext.rewards import completion_to_text
 )
 def test_completion_to_text(completion, text):
     assert completion_to_text(completion) == text
+
+
+def test_only_parts_of_text_are_the_text():
+    """What a model thought, or a tool said, is not what it answered, though it stands under `text` as well."""
+    parts = [{"type": "reasoning", "text": "hidden"}, {"type": "text", "text": "shown"}, {"text": ", without a type"}]
+    assert completion_to_text([{"role": "assistant", "content": parts}]) == "shown, without a type"

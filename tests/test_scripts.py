@@ -2,11 +2,10 @@ import importlib.metadata
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launch import load_script
+from launch import load_script, warm_python
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from trl_grpo_ext.embedded_policy import embedded_policy_path
@@ -17,7 +16,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 def run(script, *arguments):
     return subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *map(str, arguments)], capture_output=True, text=True, timeout=300
+        [*warm_python(), str(SCRIPTS / script), *map(str, arguments)], capture_output=True, text=True, timeout=300
     )
 
 
