@@ -66,8 +66,8 @@ def find_missing(folder: Path, parts: Iterable[str] = ("weights",)) -> str | Non
     patterns = {"weights": WEIGHTS, "optimizer": OPTIMIZER, "state": (STATE,)}
     for part in parts:
         if not any(path.is_file() for pattern in patterns[part] for path in folder.glob(pattern)):
-            what = {"weights": "no weights", "optimizer": "no optimizer", "state": f"no {STATE}"}[part]
-            return f"there is {what} in {folder}"
+            what = {"weights": "are no weights", "optimizer": "is no optimizer", "state": f"is no {STATE}"}[part]
+            return f"there {what} in {folder}"
     for index in sorted(folder.glob("*.index.json")) if "weights" in parts else ():
         try:
             files = set(json.loads(index.read_text())["weight_map"].values())

@@ -33,7 +33,7 @@ CHANGED = "changed_settings"
 
 # Settings that may change within a run. Where and how often something is said, looked at or kept:
 _REPORTS = (
-    *("output_dir", "overwrite_output_dir", "run_name", "project", "report_to", "disable_tqdm", "push_to_hub"),
+    *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "push_to_hub"),
     *("logging_", "log_", "hub_", "trackio_", "save_", "enable_jit_checkpoint", "num_completions_to_print"),
     *("eval_", "per_device_eval_batch_size", "num_generations_eval", "do_", "debug", "skip_memory_metrics"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "include_num_input_tokens_seen"),
@@ -164,6 +164,8 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if hasattr(value, "to_dict"):  # an `AcceleratorConfig`
+        value = value.to_dict()
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items() if name not in _SECRETS}
     if isinstance(value, (list, tuple)):
