@@ -300,6 +300,8 @@ def main(argv: list[str]) -> None:
     before = evaluate_all("before")
     try:
         begin_run(run)
+        if run.checkpoint is None and trainer.accelerator.is_main_process:
+            Path(training_args.output_dir, "summary.json").unlink(missing_ok=True)  # an earlier attempt's
         trainer.train(resume_from_checkpoint=run.checkpoint)
     except (RunError, CheckpointError, ImportError) as error:
         stop(1, error)

@@ -172,11 +172,12 @@ def test_another_run_is_not_gone_on_from(folder, resume):
         resume = str(folder / resume)
     for settings in (A, A_LONGER):
         start = choose_start(folder, settings, resume)
-        assert (start.checkpoint, start.stale, start.notes) == (str(folder / "checkpoint-4"), [], [])
+        assert (start.checkpoint, start.stale) == (str(folder / "checkpoint-4"), [])
+        assert start.notes == [f"goes on from '{folder / 'checkpoint-4'}'"]
     with pytest.raises(RunError, match=r"is of a run with other settings \(bundle .*, learning_rate 0.0001 -> 0.5\)"):
         choose_start(folder, B, resume)
     start = choose_start(folder, B, resume, allow_changed_settings=True)
-    assert "gone on from with other settings" in start.notes[0]
+    assert "with other settings than" in start.notes[1]
     begin_run(start)
     assert set(checkpoints(folder)) == {2, 4}
     record = read_run(folder)
@@ -235,7 +236,7 @@ def test_a_folder_whose_run_noted_no_settings(tmp_path):
             choose_start(tmp_path, A, resume)
     start = choose_start(tmp_path, A, "latest")
     assert start.checkpoint == str(tmp_path / "checkpoint-3")
-    assert "whether it is of this run, nobody can tell" in start.notes[0]
+    assert "whether it is of this run cannot be told" in start.notes[1]
     assert choose_start(tmp_path, A, overwrite_run=True).stale == [tmp_path / "checkpoint-3"]
 
 

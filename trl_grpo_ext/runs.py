@@ -274,10 +274,10 @@ def _go_on(folder: Path, checkpoint: Path, settings: dict[str, Any], allow_chang
     is_inside = checkpoint.resolve().parent == folder.resolve()
     step = int(checkpoint.name.rpartition("-")[2]) if is_inside else -1
     stale = [path for at, path in checkpoints(folder).items() if at > step]
-    start = Start(folder, RunRecord(settings), str(checkpoint), stale=stale)
+    start = Start(folder, RunRecord(settings), str(checkpoint), [f"goes on from {str(checkpoint)!r}"], stale)
     before = read_run(checkpoint)
     if before is None:
-        start.notes.append(f"{str(checkpoint)!r} has no {RUN_FILE}: whether it is of this run, nobody can tell")
+        start.notes.append(f"{str(checkpoint)!r} has no {RUN_FILE}: whether it is of this run cannot be told")
         return start
     start.record.changes = list(before.changes)
     changes = compare(before.settings, settings)
@@ -287,7 +287,7 @@ def _go_on(folder: Path, checkpoint: Path, settings: dict[str, Any], allow_chang
             "in another --output_dir, or go on with the new ones: --allow_changed_settings true"
         )
     if changes:
-        start.notes.append(f"{str(checkpoint)!r} is gone on from with other settings: {_listed(changes)}")
+        start.notes.append(f"with other settings than {str(checkpoint)!r}: {_listed(changes)}")
         start.record.changes.append(
             {"checkpoint": str(checkpoint), "settings": {item.name: [item.old, item.new] for item in changes}}
         )
