@@ -164,11 +164,7 @@ def test_problems_of_a_file_are_split(recipe, tmp_path):
         (["--eval_items", "0"], 2, "--eval_items must be at least 1, got 0"),
         (["--resume_from_checkpoint", "latest"], 2, "there is no checkpoint in"),
         (["--resume_from_checkpoint", "nowhere"], 2, "'nowhere' is no whole checkpoint"),
-        (
-            ["--resume_from_checkpoint", "latest", "--output_dir", "{folder}/bad.jsonl/out"],
-            2,
-            "choose another --output",
-        ),
+        (["--output_dir", "{folder}/bad.jsonl/out"], 2, "choose another --output_dir"),
         (["--reward_weights", "1", "2"], 2, "5 rewards"),
         (["--no_such_option", "1"], 2, "there is no option --no_such_option"),
         (["--learing_rate", "1"], 2, "there is no option --learing_rate: did you mean --learning_rate?"),
@@ -225,17 +221,14 @@ def test_errors_are_one_line(recipe, tmp_path, capsys, monkeypatch, arguments, s
 
 
 def test_deepspeed_is_not_installed(recipe, tmp_path, capsys, monkeypatch):
-    """As a rank that a launch configuration of ZeRO starts meets it."""
-    monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_available", lambda: False)
-    monkeypatch.setattr("accelerate.utils.is_deepspeed_available", lambda: False)
-    monkeypatch.setattr("accelerate.utils.dataclasses.is_deepspeed_available", lambda: False, raising=False)
-    (tmp_path / "zero.json").write_text("{}")
-    with pytest.raises(SystemExit) as stopped:
-        recipe.main(["--output_dir", str(tmp_path / "out"), "--deepspeed", str(tmp_path / "zero.json")])
-    assert stopped.value.code == 2
-    last_line = capsys.readouterr().err.rstrip("\n").split("\n")[-1]
-    assert "error: " in last_line
-    assert "deepspeed" in last_line.lower()
+    """It is asked for by an option, or by a launch configuration, which sets the environment of the ranks."""
+    monkeypatch.setattr("trl_grpo_ext.arguments.is_deepspeed_available", lambda: False)
+    for arguments in (["--deepspeed", "zero.json"], []):
+        with pytest.raises(SystemExit) as stopped:
+            recipe.main(["--output_dir", str(tmp_path / "out"), *arguments])
+        assert stopped.value.code == 2
+        assert "error: DeepSpeed is not installed: install it" in capsys.readouterr().err.splitlines()[-1]
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
 
 
 def test_two_runs_and_one_folder(recipe, tmp_path, capsys):

@@ -1,11 +1,13 @@
 """A script's options, parsed as TRL does: what is wrong is said in one line, which suggests the nearest name."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import Field, fields
 from typing import Any, NoReturn
 
+from accelerate.utils import is_deepspeed_available
 from trl import TrlParser
 from yaml import YAMLError
 
@@ -38,7 +40,13 @@ class OneLineParser(TrlParser):
         return parsed, remaining
 
     def _check_values(self) -> None:
-        """Hold values from a file against what the command line takes; TRL's parser looks at their spelling alone."""
+        """Hold values from a file against what the command line takes: TRL's parser looks at their names alone."""
+        uses_deepspeed = self.given.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        if uses_deepspeed and not is_deepspeed_available():  # else transformers fails in the middle of something
+            raise ArgumentError(
+                "DeepSpeed is not installed: install it (pip install deepspeed), or choose a launch configuration "
+                "without it"
+            )
         for item in self._fields():
             value, choices = self.given[item.name], item.metadata.get("choices")
             if value is None:
