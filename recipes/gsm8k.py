@@ -36,7 +36,7 @@ from trl_grpo_ext.checkpoints import CheckpointError
 from trl_grpo_ext.embedded_policy import EMBEDDED_POLICY, embedded_policy_path
 from trl_grpo_ext.evaluation import Accuracy, evaluate
 from trl_grpo_ext.ranks import BoundCollectiveCalls, run_as_rank, stop
-from trl_grpo_ext.rewards import gsm8k_bundle, tag_bundle
+from trl_grpo_ext.rewards import RewardBundle, gsm8k_bundle, tag_bundle
 from trl_grpo_ext.runs import CHANGED, RunError, Start, begin_run, choose_start, settings_of
 from trl_grpo_ext.tasks import load_arithmetic, load_gsm8k
 
@@ -249,10 +249,11 @@ def main(argv: list[str]) -> None:
             f"train.jsonl, or use --dataset_name arithmetic. Cause: {error}",
         )
     bundle = BUNDLES[recipe_args.bundle]()
-    if training_args.reward_weights is None:
-        training_args.reward_weights = bundle.weights
-    elif len(training_args.reward_weights) != len(bundle):
-        stop(2, f"--reward_weights: got {len(training_args.reward_weights)} for {len(bundle)} rewards: {bundle.names}")
+    try:
+        bundle = RewardBundle(bundle, training_args.reward_weights)
+    except ValueError as error:
+        stop(2, f"--reward_weights: {error}; the rewards are {', '.join(bundle.names)}")
+    training_args.reward_weights = bundle.weights
 
     # Policy and trainer
     tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)
@@ -327,7 +328,7 @@ def main(argv: list[str]) -> None:
         (Path(training_args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print_summary(summary)
     trainer.accelerator.wait_for_everyone()  # a process that is gone early can leave another one waiting
-    trainer.end()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

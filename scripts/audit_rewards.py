@@ -1,22 +1,29 @@
 """Score the reference solutions of a GSM8K file and list those that do not get full marks.
 
     python scripts/audit_rewards.py path/to/train.jsonl
-    python scripts/audit_rewards.py path/to/train.jsonl --bundle gsm8k
+    python scripts/audit_rewards.py path/to/train.jsonl --bundle gsm8k       # the recipes' own
+    python scripts/audit_rewards.py path/to/train.jsonl --bundle notebooks   # the same with the notebooks' quirks
 
 Exit status: 0 if every reference gets full marks, 1 if some do not, 2 if the file cannot be audited.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
 
-from trl_grpo_ext.rewards import AuditReport, audit, gsm8k_bundle, tag_bundle
+from trl_grpo_ext.rewards import AuditReport, RewardBundle, audit, gsm8k_bundle, tag_bundle
 from trl_grpo_ext.tasks import load_gsm8k
 
 
-BUNDLES = {"tag": tag_bundle, "gsm8k": gsm8k_bundle}
+BUNDLES: dict[str, Callable[[], RewardBundle]] = {
+    "tag": tag_bundle,
+    "gsm8k": gsm8k_bundle,
+    "notebooks": partial(gsm8k_bundle, as_in_notebooks=True),
+}
 
 
 def print_report(report: AuditReport, failures_shown: int) -> None:
@@ -35,6 +42,15 @@ def print_report(report: AuditReport, failures_shown: int) -> None:
         )
     if len(report.failures) > failures_shown:
         console.print(f"... and {len(report.failures) - failures_shown:,} more")
+    for column, rows in report.not_numbers.items():
+        if rows:
+            shown = ", ".join(map(str, rows[:failures_shown])) + (", ..." if len(rows) > failures_shown else "")
+            console.print(
+                f"warning: {len(rows):,} of the references in {column!r} are no plain numbers: answers to them are "
+                f"right only character for character (rows {shown})",
+                markup=False,
+                highlight=False,
+            )
     console.print(f"{report.rows_with_full_marks:,} of {report.rows:,} references get full marks", highlight=False)
 
 

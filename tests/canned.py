@@ -147,12 +147,7 @@ def train_canned(
         callbacks=[norms, *callbacks],
         **options,
     )
-    trainer.model.register_forward_pre_hook(
-        lambda module, positional, named: forwards.append(
-            Forward(len(named["input_ids"]), named["input_ids"].numel(), torch.is_grad_enabled())
-        ),
-        with_kwargs=True,
-    )
+    note_forwards(trainer, forwards)
     start = whole_weights(trainer.model)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -161,6 +156,28 @@ def train_canned(
     finally:
         torch.set_num_threads(threads)
     return Run(trainer, start, whole_weights(trainer.model), trainer.state.log_history, forwards, norms.values)
+
+
+def note_forwards(trainer, forwards: list[Forward]) -> None:
+    """Note what the policy computes for training; not the made-up rows from which trainers learn about a model."""
+    logps = trainer._get_per_token_logps_and_entropies
+    is_asked_for = False
+
+    def noted_logps(*args, **kwargs):
+        nonlocal is_asked_for
+        is_asked_for = True
+        try:
+            return logps(*args, **kwargs)
+        finally:
+            is_asked_for = False
+
+    def note(module, positional, named):
+        if is_asked_for and module.training:
+            ids = named["input_ids"]
+            forwards.append(Forward(len(ids), ids.numel(), torch.is_grad_enabled()))
+
+    trainer._get_per_token_logps_and_entropies = noted_logps
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
 
 
 def whole_weights(model) -> dict[str, torch.Tensor]:

@@ -1,17 +1,22 @@
 """Training in processes of its own, started as users start it."""
 
+import atexit
+import functools
 import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import warm
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,17 +24,41 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 
-def launcher(config: str, *options: object, num_processes: int = 2, port: int = 0) -> list[str]:
+@functools.cache
+def warm_python() -> tuple[str, ...]:
+    """The command before a Python program that is started without its imports, see `warm.py`."""
+    if warm.SOCKET not in os.environ:
+        folder = tempfile.mkdtemp(prefix="warm-")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(f"{folder}/socket")
+        listener.listen()
+        command = [sys.executable, warm.__file__, "--serve", str(listener.fileno())]
+        server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], cwd=ROOT, env=ENVIRONMENT
+        )
+
+        @atexit.register
+        def end() -> None:
+            server.communicate()
+            shutil.rmtree(folder)
+
+        os.environ[warm.SOCKET] = ENVIRONMENT[warm.SOCKET] = f"{folder}/socket"
+    return (sys.executable, warm.__file__)
+
+
+def launcher(config: str, *options: object, num_processes: int = 2, port: int = 0, is_warm: bool = True) -> list[str]:
     """The command before a script: `accelerate launch` with one of the recipes' configurations."""
     if config.startswith(("zero", "multi")) and shutil.which("c++") is None:
         pytest.skip("DeepSpeed compiles a part of itself when it first runs, and there is no C++ compiler (c++)")
+    accelerate = [*warm_python(), "accelerate"] if is_warm else [str(Path(sys.executable).with_name("accelerate"))]
     return [
-        str(Path(sys.executable).with_name("accelerate")),
+        *accelerate,
         "launch",
         *("--config_file", str(ROOT / "recipes" / "accelerate" / config)),
         *("--num_processes", str(num_processes)),
         *("--main_process_port", str(port)),  # 0: any that is free
         *map(str, options),
+        *(warm_python()[1:] if is_warm else ()),
     ]
 
 

@@ -1,8 +1,15 @@
+from contextlib import nullcontext
+from decimal import Decimal
+
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from datasets import Dataset, IterableDataset
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_grpo_ext import evaluation
 from trl_grpo_ext.embedded_policy import embedded_policy_path
 from trl_grpo_ext.evaluation import evaluate, generate_texts, is_flexibly_correct, is_strictly_correct
 from trl_grpo_ext.tasks import load_arithmetic
@@ -20,6 +27,16 @@ from trl_grpo_ext.tasks import load_arithmetic
         ("<answer>72</answer> of 100", "72", True, False),
         ("<answer>73</answer>", "72", False, False),
         ("", "72", False, False),
+        ("<answer>72</answer>", 72, True, True),
+        ("<answer>72.0</answer>", 72, True, True),
+        ("<answer>73</answer>", 72, False, False),
+        ("<answer>0.1</answer>", np.float32(0.1), True, True),
+        ("<answer>72</answer>", Decimal("72.00"), True, True),
+        ("<answer>72</answer>", "So.\n#### 72", True, True),
+        ("<answer>13</answer>", r"\sqrt{13}", False, False),
+        (r"<answer>\sqrt{13}</answer>", r"\sqrt{13}", True, False),
+        ("<answer>72</answer>", None, False, False),
+        ("<answer><NA></answer>", pd.NA, False, False),
     ],
 )
 def test_strict_and_flexible(text, answer, strict, flexible):
@@ -97,6 +114,80 @@ def test_training_goes_on_as_if_there_had_been_no_evaluation():
     assert model.training
 
 
-def test_nothing_to_evaluate_on_is_told():
-    with pytest.raises(ValueError, match="no problems to evaluate on"):
-        evaluate(tiny_model(), tiny_tokenizer(), load_arithmetic("heldout", 0), max_new_tokens=4)
+def test_each_problem_counts_once_however_many_processes_there_are(monkeypatch):
+    """All processes generate equally often, so that the last problems are done twice; their answers count once."""
+    right = {"a", "d", "e"}
+    problems = Dataset.from_dict({"prompt": list("abcde"), "answer": [1] * 5})
+    generated, counted = [], []
+
+    class Process:
+        num_processes = 2
+
+        def __init__(self, index):
+            self.process_index = index
+
+    def generate(policy, tokenizer, prompts, *, num_samples, **kwargs):
+        generated.append(prompts)
+        return [[f"<answer>{1 if prompt in right else 2}</answer>"] * num_samples for prompt in prompts]
+
+    monkeypatch.setattr(evaluation, "generate_texts", generate)
+    monkeypatch.setattr(evaluation, "unwrap_model_for_generation", lambda model, accelerator: nullcontext(model))
+    monkeypatch.setattr(evaluation, "gather_object", lambda values: counted.append(values) or values)
+    for index in (0, 1):
+        evaluate(
+            tiny_model(), tiny_tokenizer(), problems, max_new_tokens=4, samples_per_item=2, accelerator=Process(index)
+        )
+    assert generated == [["a", "c", "e"]] * 2 + [["b", "d", "e"]] * 2
+    strict, flexible, sampled = [first + second for first, second in zip(counted[:3], counted[3:], strict=True)]
+    assert strict == flexible == [True, False, True, False, True]
+    assert sampled == [True, True, False, False, True, True, False, False, True, True]
+
+
+def test_answers_that_are_numbers_and_prompts_that_are_texts(policy):
+    """The same problems, as messages with answers as texts and as texts with answers as integers."""
+    model, tokenizer = policy
+    problems = load_arithmetic("heldout", 16)
+    texts = [
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        for prompt in problems["prompt"]
+    ]
+    accuracy = evaluate(model, tokenizer, problems, max_new_tokens=60, samples_per_item=0)
+    assert accuracy.strict > 0
+    plain = Dataset.from_dict({"prompt": texts, "answer": [int(answer) for answer in problems["answer"]]})
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        assert evaluate(model, tokenizer, plain, max_new_tokens=60, samples_per_item=0) == accuracy
+        assert (
+            evaluate(model, tokenizer, plain.with_format("numpy"), max_new_tokens=60, samples_per_item=0) == accuracy
+        )
+    finally:
+        tokenizer.chat_template = template
+
+
+def test_a_tokenizer_may_lack_a_pad_token():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts = ["a", "three words here"]
+    expected = generate_texts(model, tokenizer, prompts, max_new_tokens=4)
+    tokenizer.pad_token = None
+    assert generate_texts(model, tokenizer, prompts, max_new_tokens=4) == expected
+
+
+@pytest.mark.parametrize(
+    ("problems", "message"),
+    [
+        (Dataset.from_dict({"question": ["q"], "answer": ["1"]}), "these have question, answer: rename .* the prompt"),
+        (Dataset.from_dict({"prompt": ["q"], "target": ["1"]}), "these have prompt, target: rename .* the answer"),
+        (Dataset.from_dict({"prompt": ["q", "q"], "answer": ["1", None]}), "problem 1 has no answer"),
+        (Dataset.from_dict({"prompt": ["q"], "answer": [["1", "2"]]}), "problem 0 has no answer to compare with"),
+        (IterableDataset.from_generator(lambda: iter([{"prompt": "q", "answer": "1"}])), "whose length is known"),
+        ([{"prompt": "q", "answer": "1"}], "must be a datasets.Dataset"),
+        (load_arithmetic("heldout", 2), "the tokenizer has no chat template"),
+        (load_arithmetic("heldout", 0), "no problems to evaluate on"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told_before_anything_is_generated(monkeypatch, problems, message):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    tokenizer.chat_template = None
+    monkeypatch.setattr(model, "generate", lambda **kwargs: pytest.fail("it has generated"))
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, tokenizer, problems, max_new_tokens=4)

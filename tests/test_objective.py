@@ -10,6 +10,7 @@ from oracle import grpo_objective
 from trl_grpo_ext.objective import (
     ClippedObjective,
     aggregate,
+    clip_binds,
     clipped_surrogate,
     gradient_coefficient,
     group_advantages,
@@ -145,8 +146,9 @@ def test_gradient_coefficient_is_the_gradient(delta, correct_kl):
     )
     torch.testing.assert_close(-gradient * mask.numel(), coefficient)
     assert (coefficient == 0).sum() == 0  # the KL's part is never off
-    with pytest.raises(ValueError, match="are needed"):
-        gradient_coefficient(torch.ones(1, 1), torch.ones(1, 1), 0.2, 0.2, beta=0.1)
+    for given in ({}, {"per_token_logps": torch.zeros(1, 1)}, {"ref_per_token_logps": torch.zeros(1, 1)}):
+        with pytest.raises(ValueError, match=r"^with beta != 0, .* are needed$"):
+            gradient_coefficient(torch.ones(1, 1), torch.ones(1, 1), 0.2, 0.2, beta=0.1, **given)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
@@ -170,11 +172,69 @@ def test_aggregate(loss_type):
 
 def test_what_is_missing_is_named():
     tensors = (torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), torch.ones(1, 1))
-    with pytest.raises(ValueError, match="'dr_grpo' needs max_completion_length"):
+    with pytest.raises(ValueError, match=r"^loss_type='dr_grpo' needs max_completion_length"):
         ClippedObjective(0.2, 0.2, loss_type="dr_grpo")(*tensors)
-    with pytest.raises(ValueError, match="'dapo' needs num_tokens"):
+    with pytest.raises(ValueError, match=r"^loss_type='dapo' needs num_tokens"):
         ClippedObjective(0.2, 0.2, loss_type="dapo")(*tensors)
     with pytest.raises(ValueError, match="must be one of grpo, bnpo, dr_grpo, dapo, got 'ppo'"):
         ClippedObjective(0.2, 0.2, loss_type="ppo")(*tensors)
     with pytest.raises(ValueError, match=r"beta=0.1 needs ref_per_token_logps"):
         ClippedObjective(0.2, 0.2, beta=0.1)(*tensors)
+
+
+def test_the_clip_binds_beyond_its_bounds():
+    """At a bound it does not bind yet, and without an advantage there is nothing to bind: as TRL counts."""
+    ratio = torch.tensor([[0.5, 0.75, 1.0, 1.25, 1.5]])
+    low, high = clip_binds(ratio, torch.tensor([[-1.0], [0.0], [1.0]]), 0.25, 0.25)
+    assert low.tolist() == [[True, False, False, False, False], [False] * 5, [False] * 5]
+    assert high.tolist() == [[False] * 5, [False] * 5, [False, False, False, False, True]]
+    # and the gradient is what it is just before: 0 beyond the bound, the ratio times the advantage at it
+    coefficient = gradient_coefficient(ratio, torch.tensor([[-1.0], [1.0]]), 0.25, 0.25)
+    assert coefficient.tolist() == [[0.0, -0.75, -1.0, -1.25, -1.5], [0.5, 0.75, 1.0, 1.25, 0.0]]
+    bounded = gradient_coefficient(ratio, torch.tensor([[-1.0]]), 0.25, 0.25, delta=1.25)
+    assert bounded.tolist() == [[0.0, -0.75, -1.0, -1.25, 0.0]]
+
+
+def test_the_correction_of_the_kl_is_asked_for():
+    """Without `correct_kl` the coefficient of the KL is `pi_ref / pi - 1`, whatever the ratio is."""
+    logps, reference = torch.tensor([[0.5]]).log(), torch.tensor([[0.25]]).log()
+    settings = {"beta": 0.1, "per_token_logps": logps, "ref_per_token_logps": reference}
+    coefficient = gradient_coefficient(torch.tensor([[1.1]]), torch.tensor([[2.0]]), 0.2, 0.2, **settings)
+    assert coefficient.item() == pytest.approx(2.2 + 0.1 * (0.25 / 0.5 - 1))
+
+
+def test_rows_that_are_left_out_are_counted():
+    logps, old, _, advantages, mask = random_inputs(3, 4)
+    for loss_type in ("grpo", "dr_grpo"):
+        objective = ClippedObjective(0.2, 0.2, loss_type=loss_type, max_completion_length=4)
+        loss = objective(logps, old, advantages, mask).loss
+        assert objective(logps, old, advantages, mask, num_rows=6).loss.item() == pytest.approx(loss.item() / 2)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_what_there_is_to_say_about_the_loss(level, beta):
+    logps, old, reference, advantages, mask = random_inputs(24, 7)
+    output = ClippedObjective(0.2, 0.3, beta=beta, level=level)(logps, old, advantages, mask, reference)
+    ratio = importance_ratio(logps, old, mask, level)
+    assert torch.equal(output.ratio, ratio)
+    assert not output.ratio.requires_grad
+    low, high = (ratio < 0.8) & (advantages[:, None] < 0), (ratio > 1.3) & (advantages[:, None] > 0)
+    assert low.any()
+    assert high.any()
+    assert torch.equal(output.is_low_clipped, low)
+    assert torch.equal(output.is_high_clipped, high)
+    counts = mask.bool() if level == "token" else torch.ones(24, 1, dtype=torch.bool)
+    expected = {
+        "clip_ratio/low_mean": low[counts].double().mean().item(),
+        "clip_ratio/high_mean": high[counts].double().mean().item(),
+        "clip_ratio/region_mean": (low | high)[counts].double().mean().item(),
+    }
+    if beta:
+        kl = k3_kl(logps, reference)
+        assert torch.equal(output.per_token_kl, kl)
+        assert not output.per_token_kl.requires_grad
+        expected["kl"] = kl[mask.bool()].mean().item()
+    else:
+        assert output.per_token_kl is None
+    assert {name: value.item() for name, value in output.metrics.items()} == pytest.approx(expected)

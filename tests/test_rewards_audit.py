@@ -1,15 +1,21 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import yaml
+from datasets import Dataset, DatasetDict, IterableDataset
+from launch import ROOT, load_script
 
-from trl_grpo_ext.rewards import audit, get_correctness_reward, gsm8k_bundle, tag_bundle
-from trl_grpo_ext.tasks import format_solution, load_arithmetic
-
-
-ROOT = Path(__file__).resolve().parent.parent
+from trl_grpo_ext.rewards import (
+    audit,
+    check_references,
+    get_correctness_reward,
+    gsm8k_bundle,
+    int_reward_func,
+    tag_bundle,
+)
+from trl_grpo_ext.tasks import format_solution, load_arithmetic, load_gsm8k
 
 
 def row(solution, answer):
@@ -40,7 +46,7 @@ def test_every_reference_without_full_marks_is_reported():
         (2, "format_reward_func", 0.4, 0.8),
         (3, "correctness_reward_func", None, 2.0),
     ]
-    assert audit(gsm8k_bundle().select("int_reward_func"), rows).rows_with_full_marks == 4
+    assert audit([int_reward_func], rows).rows_with_full_marks == 4
 
 
 def test_own_rewards_and_columns():
@@ -65,6 +71,101 @@ def test_what_cannot_be_audited_is_told():
         audit([lambda completions, **kwargs: []], [row("x", "1")], full_marks={"<lambda>": 1.0})
 
 
+def test_references_that_are_no_plain_numbers_are_told():
+    answers = ["72", r"\sqrt{13}", "1,080", None, "(2, 3)", "#### 5"]
+    report = audit(tag_bundle(), [row(format_solution("r", str(answer)), answer) for answer in answers])
+    assert report.not_numbers == {"answer": [1, 4]}
+    assert audit([int_reward_func], [row("72", "x")]).not_numbers == {}
+
+
+def written_as_in_gsm8k(folder):
+    """A file with what GSM8K's answers are: whole numbers, of which some have thousands commas or a sign."""
+    answers = ["72", "1,080", "-3", "1,575,000", "0"]
+    file = folder / "train.jsonl"
+    file.write_text("".join(json.dumps({"question": "q", "answer": f"So.\n#### {n}"}) + "\n" for n in answers))
+    return file
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "recipes" / "configs").glob("*.yaml")))
+def test_a_recipes_own_references_get_full_marks(tmp_path, config):
+    recipe = load_script(ROOT / "recipes" / "gsm8k.py")
+    settings = yaml.safe_load((ROOT / "recipes" / "configs" / config).read_text())
+    bundle = recipe.BUNDLES[settings["bundle"]]()
+    assert audit(bundle, load_gsm8k(str(written_as_in_gsm8k(tmp_path)))).ok
+    assert audit(bundle, load_arithmetic("train", 64)).ok
+    scripts_bundle = load_script(ROOT / "scripts" / "audit_rewards.py").BUNDLES[settings["bundle"]]()
+    assert scripts_bundle == bundle
+
+
+def stream(rows, calls):
+    def generate():
+        calls.append(True)
+        yield from rows
+
+    return IterableDataset.from_generator(generate)
+
+
+def test_the_first_rows_are_checked():
+    good = [{"prompt": "q", "answer": str(n)} for n in range(40)]
+    bad = [{"prompt": "q", "answer": "<answer>5</answer>"}]
+    for rows in (good, [{"prompt": "q", "answer": None}] * 20 + good, good + bad):
+        check_references(gsm8k_bundle(), rows)
+        check_references(gsm8k_bundle(), Dataset.from_list(rows))
+    for rows in (bad, good[:7] + bad):
+        with pytest.raises(ValueError, match=r"correctness_reward_func gives row . of train_dataset 0.0 of 2 .*bare"):
+            check_references(tag_bundle(), Dataset.from_list(rows))
+    check_references(tag_bundle(), None)
+    check_references(None, [{"prompt": "q"}])
+    check_references([int_reward_func, lambda **kwargs: [0.0], "some/reward-model"], [{"prompt": "q"}])
+    check_references(get_correctness_reward(answer_column="target"), [{"target": 5}])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"prompt": "q", "target": "5"}],
+            r"the column 'answer', which row 0 of .* have \(its columns are prompt, target\)",
+        ),
+        ([{"prompt": "q", "answer": None}] * 3, "which is empty in each of the first 3 rows"),
+        ([{"prompt": "q", "answer": ["5", "five"]}], r"row 0 .*holds a list .*must hold a text or a number"),
+        ([{"prompt": "q", "answer": "..."}], "0.0 of 2 for its own reference, '...'"),
+        ([], "train_dataset has no rows"),
+    ],
+)
+def test_data_that_cannot_be_graded_is_told_in_one_line(rows, message):
+    with pytest.raises(ValueError, match=message) as error:
+        check_references(tag_bundle(), rows)
+    assert "\n" not in str(error.value)
+
+
+def test_a_stream_is_where_it_was_after_the_check():
+    rows = [{"prompt": "q", "answer": str(n)} for n in range(100)]
+    calls = []
+    dataset = stream(rows, calls)
+    before = dataset.state_dict()
+    check_references(tag_bundle(), dataset)
+    assert calls == [True]
+    assert dataset.state_dict() == before
+    assert list(dataset) == rows
+    for _ in zip(range(30), dataset, strict=False):
+        pass
+    half_way = stream(rows, calls)
+    half_way.load_state_dict(dataset.state_dict())
+    check_references(tag_bundle(), half_way)
+    assert [row["answer"] for row in half_way] == [row["answer"] for row in rows[30:]]
+    with pytest.raises(ValueError, match="does not have"):
+        check_references(tag_bundle(), stream([{"prompt": "q"}], calls))
+    with pytest.raises(TypeError, match="is an iterator"):
+        check_references(tag_bundle(), iter(rows))
+
+
+def test_splits_are_no_rows():
+    splits = DatasetDict({"train": load_arithmetic("train", 4)})
+    with pytest.raises(TypeError, match=r"gives 'train' where a row, a dict, is expected: choose a split"):
+        check_references(tag_bundle(), splits)
+
+
 def run_script(*arguments):
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "audit_rewards.py"), *map(str, arguments)],
@@ -82,13 +183,14 @@ def test_script(tmp_path):
     assert result.returncode == 0
     assert "2 of 2 references get full marks" in result.stdout
 
-    file.write_text(json.dumps({"question": "q", "answer": "#### 1,080"}))
+    file.write_text(json.dumps({"question": "q", "answer": "#### x = 1,080"}))
     result = run_script(file, "--bundle", "gsm8k")
     assert result.returncode == 1
-    assert "int_reward_func 0 of 0.5, answer '1,080'" in result.stdout
+    assert "int_reward_func 0 of 0.5, answer 'x = 1,080'" in result.stdout
+    assert "1 of the references in 'answer' are no plain numbers" in " ".join(result.stdout.split())
 
     file.write_text(json.dumps(good) + "\n" + json.dumps({"question": "q", "answer": "2"}))
     result = run_script(file)
     assert result.returncode == 2
-    assert "line 2: the answer has no '#### '" in result.stderr
+    assert "line 2: the answer has no '####'" in result.stderr
     assert "Traceback" not in result.stderr

@@ -3,16 +3,23 @@ import functools
 import pickle
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from trl_grpo_ext.rewards import (
     RewardBundle,
     correctness_reward_func,
     format_reward_func,
     get_correctness_reward,
+    get_int_reward,
     gsm8k_bundle,
     int_reward_func,
+    soft_format_reward_func,
+    strict_format_reward_func,
     tag_bundle,
+    xmlcount_reward_func,
 )
+from trl_grpo_ext.tasks import format_solution
 
 
 GSM8K_NAMES = [
@@ -37,6 +44,77 @@ def test_ready_made_bundles():
     assert len(gsm8k_bundle()) == 5
 
 
+def total(bundle, text, answer):
+    return sum(reward_func(completions=[text], answer=[answer])[0] for reward_func in bundle)
+
+
+def test_no_reward_depends_on_the_length_of_a_right_answer():
+    """So that a group of right answers has no spread, and a long right answer never scores like a short wrong one."""
+    lengths = (1, 200, 2_000, 20_000)
+    scores = {total(gsm8k_bundle(), format_solution("x" * length, "72"), "72") for length in lengths}
+    assert scores == {4.0}
+    assert total(gsm8k_bundle(), format_solution("x", "7"), "72") == 2.0
+
+
+PIECES = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", "72", "x", "\n</answer>", "\n<answer>\n"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+@example(format_solution("r", "72"))
+@example("<reasoning>r</reasoning><answer>72</answer>")
+@example(format_solution("r", "72") + "\nand more")
+def test_a_line_break_at_the_end_changes_no_score(text):
+    text = text.rstrip("\n")
+    for reward_func in gsm8k_bundle():
+        without, with_line_break = reward_func(completions=[text, f"{text}\n"], answer=["72", "72"])
+        assert without == with_line_break, reward_func.__name__
+
+
+def test_text_after_the_answer_costs():
+    text = format_solution("r", "72")
+    assert total(gsm8k_bundle(), f"{text}\nmore", "72") < total(gsm8k_bundle(), f"{text}\n", "72") == 4.0
+
+
+def test_the_notebooks_functions_keep_their_names_and_scores():
+    bundle = gsm8k_bundle(as_in_notebooks=True)
+    assert bundle.names == GSM8K_NAMES
+    assert list(bundle) == [
+        xmlcount_reward_func,
+        soft_format_reward_func,
+        strict_format_reward_func,
+        int_reward_func,
+        correctness_reward_func,
+    ]
+    text = format_solution("x" * 100, "72")
+    assert xmlcount_reward_func(completions=[text]) == [pytest.approx(0.5 - 0.001 * len(text) + 0.001)]
+
+
+def test_weights_are_known_to_be_set_or_not():
+    bundle = gsm8k_bundle()
+    set_to_one = bundle.with_weights(int_reward_func=1.0)
+    assert set_to_one == bundle
+    for changed in (
+        lambda bundle: bundle.copy(),
+        lambda bundle: pickle.loads(pickle.dumps(bundle)),
+        lambda bundle: bundle + [length_reward],
+        lambda bundle: [length_reward] + bundle,
+        lambda bundle: bundle[1:],
+        lambda bundle: bundle.select("int_reward_func"),
+    ):
+        assert changed(set_to_one).has_own_weights
+        assert not changed(bundle).has_own_weights
+    assert RewardBundle(bundle, [1.0] * 5).has_own_weights
+
+
+def test_what_makes_a_reward_is_no_reward():
+    with pytest.raises(TypeError, match=r"gsm8k_bundle is no reward .*, gsm8k_bundle\(\)"):
+        RewardBundle(gsm8k_bundle)
+    with pytest.raises(TypeError, match=r"get_int_reward\(\)"):
+        tag_bundle() + [get_int_reward]
+    with pytest.raises(TypeError, match=r"inside a list of rewards: pass `bundle \+"):
+        RewardBundle([tag_bundle(), length_reward])
+
+
 def test_with_weights():
     bundle = gsm8k_bundle()
     weighted = bundle.with_weights(correctness_reward_func=4.0, int_reward_func=0)
@@ -51,8 +129,10 @@ def test_with_weights():
 def test_select():
     bundle = gsm8k_bundle().with_weights(correctness_reward_func=4.0)
     selected = bundle.select("correctness_reward_func", "int_reward_func")
-    assert list(selected) == [correctness_reward_func, int_reward_func]
+    assert list(selected) == [correctness_reward_func, get_int_reward(signs_and_commas=True)]
     assert selected.weights == [4.0, 1.0]
+    assert selected.has_own_weights
+    assert not gsm8k_bundle()[3:].has_own_weights
     assert bundle[3:].names == ["int_reward_func", "correctness_reward_func"]
     assert bundle[3:].weights == [1.0, 4.0]
 
@@ -96,7 +176,7 @@ def test_names_are_those_that_trl_logs():
     ("reward_funcs", "weights", "error", "message"),
     [
         ([int_reward_func, int_reward_func], None, ValueError, "two rewards of this bundle are called"),
-        ([int_reward_func], [1.0, 2.0], ValueError, "1 rewards need as many weights, got 2"),
+        ([int_reward_func], [1.0, 2.0], ValueError, "got 2 for 1 rewards"),
         ([int_reward_func], [float("nan")], ValueError, "must be a finite number, got nan"),
         ([int_reward_func], ["1"], ValueError, "must be a finite number, got '1'"),
         ([int_reward_func], [True], ValueError, "must be a finite number, got True"),

@@ -13,6 +13,7 @@ from trl_grpo_ext.rewards import (
     get_exact_correctness_reward,
     numerically_equal,
     parse_number,
+    parse_plain_number,
 )
 
 
@@ -130,6 +131,58 @@ def test_numerically_equal(a, b, equal):
     assert numerically_equal(b, a) is equal
 
 
+@pytest.mark.parametrize(
+    ("reference", "number"),
+    [
+        ("72", 72),
+        (" -72\n", -72),
+        (f"{MINUS}72", -72),
+        ("1,080.50", Fraction("1080.5")),
+        ("$5", 5),
+        ("-$5", -5),
+        ("5 €", 5),
+        ("50%", 50),
+        (r"50 \%", 50),
+        ("72.", 72),
+        (".5", Fraction(1, 2)),
+        ("1.5e3", 1500),
+        ("3/4", Fraction(3, 4)),
+        (r"-\frac{3}{4}", Fraction(-3, 4)),
+        (r"\boxed{72}", 72),
+        (r"$\boxed{\frac{3}{4}}$", Fraction(3, 4)),
+        (r"\(72\)", 72),
+        # numbers are in there, and it is something else
+        (r"\sqrt{13}", None),
+        (r"\frac56", None),
+        (r"(2,\infty)", None),
+        ("2^{10}", None),
+        ("x=5", None),
+        ("5x", None),
+        ("72 apples", None),
+        ("2 3/4", None),
+        ("3:30", None),
+        ("10-7", None),
+        ("1,2", None),
+        ("5!", None),
+        (r"\boxed{1}+\boxed{2}", None),
+        ("", None),
+        ("blue", None),
+    ],
+)
+def test_parse_plain_number(reference, number):
+    assert parse_plain_number(reference) == number
+
+
+@pytest.mark.parametrize(
+    ("reference", "wrong"),
+    [(r"\sqrt{13}", "13"), (r"\frac56", "56"), (r"(2,\infty)", "2"), ("x=5", "5"), ("2^{10}", "10")],
+)
+def test_a_number_inside_a_reference_is_not_the_reference(reference, wrong):
+    """13 is not the answer where the reference is a root of 13; the root, as the reference writes it, is."""
+    texts = [tagged(wrong), tagged(reference), tagged(f"{wrong} apples")]
+    assert correctness_reward_func(completions=texts, answer=[reference] * 3) == [0.0, 2.0, 0.0]
+
+
 NUMBER_LIKE = st.text(alphabet="0123456789.-+,/$%eE ax\\{}\u2212\u20ac\n", max_size=12) | st.builds(
     "{}{}{}".format,
     st.sampled_from(["", "$", "= ", "about ", "(", "x-", "--", "."]),
@@ -184,7 +237,14 @@ def tagged(answer):
         (tagged("72"), 72.0, 2.0, 2.0),
         (tagged("72.0"), 72.0, 1.5, 0.0),
         (tagged("72"), " 72\n", 2.0, 2.0),
+        (tagged("72"), "He has 70 + 2 = <<70+2=72>>72.\n#### 72", 2.0, 2.0),
+        (tagged("72"), "#### 72", 2.0, 2.0),
+        (tagged("1080"), "####1,080", 1.5, 0.0),
+        (tagged("73"), "#### 72", 0.0, 0.0),
+        (tagged("72 apples"), r"\boxed{72}", 1.5, 0.0),
         # nothing to compare with: not scored
+        (tagged("72"), "#### ", None, None),
+        (tagged("72"), ["72"], None, None),
         (tagged("72"), None, None, None),
         (tagged("72"), float("nan"), None, None),
         (tagged("72"), "", None, None),

@@ -3,7 +3,7 @@ import pickle
 
 import oracle
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trl_grpo_ext.rewards import (
@@ -133,6 +133,20 @@ def test_scores_are_the_notebooks(text):
         assert math.isclose(score, oracle_func(text), abs_tol=1e-12), reward_func.__name__
 
 
+# Tags that can share their line breaks with the next one: `str.count` and `str.split` find them from the left.
+OVERLAPPING = st.lists(
+    st.sampled_from(["\n", "</answer>", "\n</answer>\n", "\n<answer>\n", "<answer>", "</reasoning>\n", "x"]),
+    max_size=12,
+).map("".join)
+
+
+@given(OVERLAPPING, OVERLAPPING)
+@example("\n<answer>\n", "\n</answer>\n</answer>\n")
+def test_tags_that_overlap_count_as_in_the_notebooks(before, after):
+    text = f"{before}\n<answer>\n{after}"
+    assert math.isclose(score_of(xmlcount_reward_func, text), oracle.xmlcount(text), abs_tol=1e-12)
+
+
 def score_of(reward_func, text):
     (score,) = reward_func(completions=[text])
     return score
@@ -162,10 +176,17 @@ def test_layout_options():
         other = get_reward(tags=("think", "final"))
         assert score_of(other, "<think>\nr\n</think>\n<final>\n7\n</final>") == 0.5
         assert score_of(other, STRICT) == 0.0
+        either_end = get_reward(final_newline=True)
+        assert [score_of(either_end, STRICT + end) for end in ("", "\n", "\n\n", " ")] == [0.5, 0.5, 0.0, 0.0]
 
 
 def test_int_and_tag_options():
     assert score_of(get_int_reward(score=2.0), "<answer>7</answer>") == 2.0
+    written = get_int_reward(signs_and_commas=True)
+    for answer in ("7", "-7", "+7", "\u22127", "1,080", "-1,575,000", "²"):
+        assert score_of(written, f"<answer>{answer}</answer>") == 0.5, answer
+    for answer in ("", "-", "1,08", "1,0800", ",080", "0,080", "7.0", "$7", "- 7", "--7", "7 8"):
+        assert score_of(written, f"<answer>{answer}</answer>") == 0.0, answer
     assert score_of(get_int_reward(answer_tag="final"), "<answer>x</answer><final>7</final>") == 0.5
     assert score_of(get_format_reward(score_per_tag=1.0), STRICT) == 4.0
     assert score_of(get_format_reward(tags=("think", "final")), "<think></think><final>") == pytest.approx(0.6)

@@ -13,19 +13,20 @@ from trl_grpo_ext.rewards import (
     exact_correctness_reward_func,
     extract_last_number,
     get_soft_format_reward,
-    get_xmlcount_reward,
     gsm8k_bundle,
     numerically_equal,
+    parse_number,
+    parse_plain_number,
     tag_bundle,
 )
 
 
 REWARDS = [
     *gsm8k_bundle(),
+    *gsm8k_bundle(as_in_notebooks=True)[:-1],
     *tag_bundle().select("format_reward_func"),
     exact_correctness_reward_func,
     get_soft_format_reward(exactly_once=True, name="soft_once"),
-    get_xmlcount_reward(final_newline_penalty=False, name="lenient_xmlcount"),
 ]
 
 TEXT = st.text() | st.text(alphabet="<>/answer reasoning\n0123456789.,-$%\\{}eE", max_size=200)
@@ -57,6 +58,7 @@ def test_every_reward_scores_every_text(rows):
 def test_numbers_never_raise(a, b):
     assert numerically_equal(a, b) in (True, False)
     assert numerically_equal(a, b) == numerically_equal(b, a)
+    assert parse_plain_number(a) is None or parse_plain_number(a) == parse_number(a)
     extract_last_number(a)
 
 
@@ -86,6 +88,8 @@ HOSTILE = {
     "a long exponent": lambda size: "<answer>1e" + "9" * size + "</answer>",
     "signs": lambda size: "<answer>" + "-" * size + "5</answer>",
     "signs and currency": lambda size: "<answer>" + "-$" * (size // 2) + "5</answer>",
+    "boxes": lambda size: "<answer>" + "\\boxed{" * (size // 7) + "</answer>",
+    "overlapping tags": lambda size: "\n<answer>\n" + "\n</answer>" * (size // 10) + "\n",
     "backslashes": lambda size: "<answer>" + "\\" * size + "</answer>",
     "words": lambda size: "<answer>" + "word " * (size // 5) + "</answer>",
 }
@@ -111,6 +115,8 @@ def test_time_grows_linearly(kind):
             (value,) = reward_func(completions=[text], answer=["72"])
             assert math.isfinite(value)
         numerically_equal(text, text)
+        parse_plain_number(text)
+        parse_plain_number(text.removeprefix("<answer>").removesuffix("</answer>"))
         extract_last_number(text)
 
     # Linear is 10, quadratic is 100. What is done in microseconds is fast enough, whatever its ratio.

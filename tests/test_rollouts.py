@@ -5,12 +5,14 @@ import signal
 
 import pytest
 import torch
-from canned import assert_same_weights, canned_config, train_canned
+from canned import assert_same_weights, canned_config, canned_prompts, train_canned
 from hypothesis import given
 from hypothesis import strategies as st
 from launch import run_canned
 from peft import LoraConfig
 from safetensors.torch import load_file
+from transformers import TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext.config import GRPOExtConfig
@@ -209,7 +211,7 @@ def test_saved_is_loaded(tmp_path):
         (lambda tensors, state: state.unlink(), "json is missing"),
         (lambda tensors, state: state.write_text(state.read_text()[:20]), "json is no state of rollouts"),
         (lambda tensors, state: state.write_text("[]"), "json is no state of rollouts"),
-        (lambda tensors, state: state.write_text('{"format": 99}'), "has format 99, this version reads 1"),
+        (lambda tensors, state: state.write_text('{"format": 99}'), "has format 99, this version reads 2"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, damage, message):
@@ -315,8 +317,20 @@ def test_resuming_with_a_foreign_file(policy, tmp_path):
         train(policy, tmp_path / "resumed", (3, 1, 1), resume=str(second.parent))
 
 
+# What the rows were sampled with, which of them were left out, and by which loss they were dealt out.
 @pytest.mark.parametrize(
-    "change", [{"schedule": (4, 1, 1)}, {"schedule": (3, 1, 1), "num_generations": 2}, "processes"], ids=str
+    "change",
+    [
+        {"schedule": (4, 1, 1)},
+        {"schedule": (3, 1, 1), "num_generations": 2},
+        {"schedule": (3, 1, 1), "loss_type": "sapo"},
+        {"schedule": (3, 1, 1), "loss_type": "bnpo"},
+        {"schedule": (3, 1, 1), "beta": 0.1},
+        {"schedule": (3, 1, 1), "temperature": 0.5},
+        {"schedule": (3, 1, 1), "skip_zero_advantage": False},
+        "processes",
+    ],
+    ids=str,
 )
 def test_resuming_with_other_settings(policy, tmp_path, caplog, change):
     train(policy, tmp_path / "straight", (3, 1, 1), max_steps=2)
@@ -328,6 +342,78 @@ def test_resuming_with_other_settings(policy, tmp_path, caplog, change):
     resumed = train(policy, tmp_path / "resumed", resume=str(checkpoint), **change)
     assert resumed.trainer.state.global_step == 8
     assert caplog.text.count("going on with fresh") == 1
+
+
+@pytest.mark.parametrize("change", [{"logging_steps": 4}, {"learning_rate": 0.1}, {"target_kl": 5.0}], ids=str)
+def test_resuming_with_settings_that_leave_rows_alone(policy, tmp_path, caplog, change):
+    train(policy, tmp_path / "straight", (3, 1, 1), max_steps=2)
+    checkpoint = str(tmp_path / "straight" / "checkpoint-2")
+    resumed = train(policy, tmp_path / "resumed", (3, 1, 1), resume=checkpoint, max_steps=3, **change)
+    assert "going on with fresh" not in caplog.text
+    assert resumed.trainer.rollout_func.num_calls == 0
+
+
+def other_reward(prompts, completion_ids, **kwargs):
+    return [float(ids[0] % 3) for ids in completion_ids]
+
+
+def test_resuming_with_another_reward(policy, tmp_path, caplog):
+    train(policy, tmp_path / "straight", (3, 1, 1), max_steps=2)
+    args = canned_config(tmp_path / "resumed", GRPOExtConfig, num_iterations=3, max_steps=3)
+    resume = str(tmp_path / "straight" / "checkpoint-2")
+    train_canned(GRPOExtTrainer, args, policy, resume=resume, reward=other_reward)
+    assert "rewards: 'canned_reward' to 'other_reward'" in caplog.text
+
+
+def test_resuming_a_stream_in_a_later_epoch(policy, tmp_path, monkeypatch):
+    """Data without a length: an epoch ends when they do."""
+    monkeypatch.setattr(
+        "canned.canned_prompts", lambda kinds: canned_prompts(kinds, num_prompts=8).to_iterable_dataset()
+    )
+    schedule, options = (2, 2, 4), {"max_steps": 10}
+    straight = train(policy, tmp_path / "straight", schedule, **options)
+    assert straight.trainer.state.epoch > 1
+    for step in (4, 6):  # where the second epoch begins, and between two passes in it
+        checkpoint = str(tmp_path / "straight" / f"checkpoint-{step}")
+        resumed = train(policy, tmp_path / "resumed", schedule, resume=checkpoint, **options)
+        assert_same_weights(resumed.weights, straight.weights)
+    longer = train(policy, tmp_path / "longer", schedule, resume=checkpoint, max_steps=12)  # the rest is as it was
+    assert longer.exact_grad_norms[:4] == straight.exact_grad_norms[6:]
+
+
+class Terminate(TrainerCallback):
+    """As if SIGTERM had come, and its time had passed, while a step was computed."""
+
+    def __init__(self, at_step):
+        self.at_step = at_step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at_step:
+            callbacks = self.trainer.callback_handler.callbacks
+            (callback,) = [callback for callback in callbacks if isinstance(callback, JITCheckpointCallback)]
+            callback.jit_manager.is_checkpoint_requested = True
+
+
+@pytest.mark.parametrize("at_step", [2, 3, 5])  # a pass, a batch of rollouts, or both end there
+def test_a_checkpoint_on_a_signal_resumes_exactly(policy, tmp_path, at_step):
+    options = {"save_steps": 50, "enable_jit_checkpoint": True}
+    straight = train(policy, tmp_path / "straight", (3, 1, 1), **options)
+    terminate = Terminate(at_step)
+    args = {"num_iterations": 3, "max_steps": 8, "save_strategy": "steps", **options}
+
+    class Terminated(GRPOExtTrainer):
+        def train(self, *args, **kwargs):
+            terminate.trainer = self
+            return super().train(*args, **kwargs)
+
+    ended = train_canned(
+        Terminated, canned_config(tmp_path / "ended", GRPOExtConfig, **args), policy, callbacks=[terminate]
+    )
+    assert ended.trainer.state.global_step == at_step + 1
+    resumed = train(policy, tmp_path / "ended", (3, 1, 1), resume=True, **options)
+    assert resumed.trainer.state.global_step == 8
+    assert_same_weights(resumed.weights, straight.weights)
+    assert ended.trainer.rollout_func.num_calls + resumed.trainer.rollout_func.num_calls == 3
 
 
 def test_rollouts_are_left_out_on_request(policy, tmp_path):

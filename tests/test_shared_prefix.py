@@ -4,11 +4,14 @@ from copy import deepcopy
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import is_compiled_module
 from canned import canned_config, canned_prompts, canned_reward, relative_difference, train_canned
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from tiny import tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
+    DogeConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -24,11 +27,13 @@ from transformers import (
     set_seed,
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from trl_grpo_ext.config import GRPOExtConfig
 from trl_grpo_ext.shared_prefix import SharedPrefixMixin, attention
-from trl_grpo_ext.shared_prefix.attention import NAME, Segments
+from trl_grpo_ext.shared_prefix.attention import Segments
 from trl_grpo_ext.shared_prefix.layout import packed_layout
 from trl_grpo_ext.shared_prefix.mixin import find_obstacle
 from trl_grpo_ext.shared_prefix.prefill import shared_prefill
@@ -341,35 +346,219 @@ def test_a_model_that_loses_the_segments_is_found_out(shared_prefix, tmp_path, m
     ids, mask, width = make_rows()
     trainer = make_trainer(make_model(FAMILIES["llama"]), tmp_path, shared_prefix=shared_prefix)
     if shared_prefix == "on":
-        with pytest.raises(ValueError, match="differ by"):
+        with pytest.raises(ValueError, match="no attention layer was given the segments"):
             trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)
         return
     with caplog.at_level("WARNING"):
         logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)
-    assert "log-probabilities of a packed forward differ by" in caplog.text
+    assert "no attention layer was given the segments" in caplog.text
     assert trainer.model.config._attn_implementation == "sdpa"
     expected, _ = by_row(trainer.model, ids, mask, width)
     torch.testing.assert_close(logps.detach(), expected.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("lost", "names"), [("attention", r".*q_proj.*others"), ("bias", ".*0.*bias, .*1.*bias")])
+def test_a_model_that_loses_gradients_is_found_out(lost, names, dtype, tmp_path, monkeypatch):
+    """Its packed log-probabilities are those of padded rows."""
+    plain = Qwen2Attention.forward
+
+    def forward(self, *args, segments=None, **kwargs):
+        bias = self.q_proj.bias
+        if segments is not None and lost == "bias":
+            self.q_proj._parameters["bias"] = bias.detach()
+        output, weights = plain(self, *args, segments=segments, **kwargs)
+        self.q_proj._parameters["bias"] = bias
+        return output.detach() if segments is not None and lost == "attention" else output, weights
+
+    monkeypatch.setattr(Qwen2Attention, "forward", forward)
+    trainer = make_trainer(make_model(FAMILIES["qwen2"]).to(dtype), tmp_path, shared_prefix="on")
+    with pytest.raises(ValueError, match=f"shared_prefix='on'.* gradient is not a padded one's for {names}"):
+        _ = trainer.packs
+
+
+def test_a_fresh_doge_is_padded(tmp_path, caplog):
+    """Its attention makes a mask from the values, which does nothing at first but to have a gradient."""
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(DogeConfig(**SHAPE), attn_implementation="sdpa")
+    expected = logps_and_gradients(make_trainer(deepcopy(model), tmp_path, GRPOTrainer))
+    trainer = make_trainer(model, tmp_path)
+    with caplog.at_level("WARNING"):
+        found = logps_and_gradients(trainer)
+    assert "makes a mask of its own" in caplog.text
+    assert found["model.layers.0.self_attn.A"].any()
+    assert_close(found, expected)
+
+
+def test_comparing_forwards_leaves_no_trace(tmp_path):
+    model = make_model(FAMILIES["llama"])
+    trainer = make_trainer(model, tmp_path, shared_prefix="on")
+    model.gradient_checkpointing_enable()
+    model.train()
+    model.model.norm.eval()
+    modes = [module.training for module in model.modules()]
+    generator = torch.get_rng_state()
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: pytest.fail("a backward"))
+    assert trainer.packs
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.is_gradient_checkpointing
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    assert not any(hook.__module__.startswith("trl_grpo_ext") for hook in hooks)
+
+
 def test_off(policy, tmp_path):
     found = run(GRPOExtTrainer, policy, tmp_path, max_steps=1, shared_prefix="off")
     assert not found.trainer.packs
-    assert found.trainer.model.config._attn_implementation == "sdpa"
 
 
 def test_generation_and_saved_models_are_as_they_were(policy, tmp_path):
-    """The attention that is registered is the stock one for all but packed rows, and leaves no trace in files."""
+    """The attention is the stock one for all but packed rows, under its own name."""
     prompt = torch.tensor([[256, 256, 70, 71], [72, 73, 74, 75]])
     options = {"attention_mask": (prompt != 256).long(), "max_new_tokens": 8, "do_sample": False}
     expected = AutoModelForCausalLM.from_pretrained(policy).generate(prompt, **options)
     found = run(GRPOExtTrainer, policy, tmp_path, learning_rate=0.0, max_steps=1, shared_prefix="on")
     model = found.trainer.model
-    assert model.config._attn_implementation == NAME
     assert torch.equal(model.eval().generate(prompt, **options), expected)
+    assert model.config._attn_implementation == "sdpa"
     found.trainer.save_model(tmp_path / "saved")
-    assert NAME not in (tmp_path / "saved" / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config._attn_implementation == "sdpa"
+
+
+def test_continuous_batching_trains_as_with_trl(tmp_path):
+    """It asks for the attention by its name."""
+    options = {
+        "use_transformers_continuous_batching": True,
+        "transformers_continuous_batching_config": {"num_blocks": 16, "max_batch_tokens": 64},
+        "max_steps": 1,
+    }
+    norms = {}
+    for trainer_class, packing in ((GRPOTrainer, {}), (GRPOExtTrainer, {"shared_prefix": "on"})):
+        set_seed(0)
+        trainer = make_trainer(make_model(FAMILIES["qwen2"]), tmp_path, trainer_class, **options, **packing)
+        trainer.train()
+        norms[trainer_class] = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert trainer.packs
+    assert max(norms[GRPOTrainer]) > 0
+    assert norms[GRPOExtTrainer] == pytest.approx(norms[GRPOTrainer], rel=1e-5)
+
+
+# Models that are not this trainer's alone
+
+
+def logps_and_gradients(trainer, model=None):
+    ids, mask, width = make_rows()
+    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model if model is None else model, ids, mask, width, compute_entropy=True
+    )
+    return {"logps": logps.detach(), **gradients(trainer.model, logps, entropies)}
+
+
+def tokens_computed(trainer):
+    return trainer._metrics["train"]["update/tokens_computed"][-1]
+
+
+def test_trainers_on_one_model_all_pack(tmp_path):
+    """One after the other and in turns, and with the stock attention set again in between."""
+    model = make_model(FAMILIES["qwen2"])
+    ids, mask, width = make_rows()
+    oracle = make_model(FAMILIES["qwen2"])
+    logps, entropies = by_row(oracle, ids, mask, width)
+    expected = {"logps": logps.detach(), **gradients(oracle, logps, entropies)}
+    padded_tokens = ids.numel()
+    first = make_trainer(model, tmp_path, shared_prefix="on")
+    assert_close(logps_and_gradients(first), expected)
+    second = make_trainer(model, tmp_path, GRPOExtTrainer, shared_prefix="on")
+    for trainer in (second, first, second):
+        assert_close(logps_and_gradients(trainer), expected)
+        assert tokens_computed(trainer) < padded_tokens
+    model.set_attn_implementation("sdpa")
+    padded = make_trainer(model, tmp_path, shared_prefix="off")
+    for trainer in (first, padded, second):
+        assert_close(logps_and_gradients(trainer), expected)
+        assert (tokens_computed(trainer) < padded_tokens) == (trainer is not padded)
+
+
+def test_another_attention_is_seen_at_any_time(tmp_path, caplog):
+    trainer = make_trainer(make_model(FAMILIES["qwen2"]), tmp_path)
+    expected = logps_and_gradients(trainer)
+    assert trainer.packs
+    trainer.model.set_attn_implementation("eager")
+    with caplog.at_level("WARNING"):
+        assert_close(logps_and_gradients(trainer), expected)
+    assert "attn_implementation is 'eager'" in caplog.text
+    assert tokens_computed(trainer) == make_rows()[0].numel()
+    trainer.model.set_attn_implementation("sdpa")
+    assert_close(logps_and_gradients(trainer), expected)
+    assert tokens_computed(trainer) < make_rows()[0].numel()
+
+
+def test_a_teacher_is_computed_from_padded_rows(tmp_path):
+    """Policy and reference are compared and packed; a model of the user's is neither, whatever it is."""
+    trainer = make_trainer(make_model(FAMILIES["llama"]), tmp_path, shared_prefix="on")
+    teacher = make_model(GPT2Config(**TOKENS, n_embd=32, n_layer=2, n_head=2), seed=1).eval()
+    add_fused_lm_head(teacher)
+    ids, mask, width = make_rows()
+    assert trainer.packs
+    with torch.no_grad():
+        found = trainer._get_per_token_logps_and_entropies(teacher, ids, mask, width)[0]
+        expected = GRPOTrainer._get_per_token_logps_and_entropies(trainer, teacher, ids, mask, width)[0]
+    assert torch.equal(found, expected)
+
+
+def test_a_model_is_recognised_in_its_wrapper(policy, tmp_path):
+    trainer = make_trainer(make_model(FAMILIES["llama"]), tmp_path, shared_prefix="on")
+    expected = logps_and_gradients(trainer)
+    assert_close(logps_and_gradients(trainer, torch.nn.DataParallel(trainer.model)), expected)
+    assert tokens_computed(trainer) < make_rows()[0].numel()
+
+
+# Settings that packing cannot be combined with
+
+
+def test_noise_on_embeddings_is_trls(policy, tmp_path, caplog):
+    """NEFTune: padded rows, and a second forward of the old policy, because it is another one than the first."""
+    options = {"neftune_noise_alpha": 5.0, "num_iterations": 2}
+    expected = run(GRPOTrainer, policy, tmp_path, **options)
+    with caplog.at_level("WARNING"):
+        found = run(GRPOExtTrainer, policy, tmp_path, skip_zero_advantage=False, **options)
+    assert "depends on the length of the row (neftune_noise_alpha)" in caplog.text
+    assert found.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5)
+    with pytest.raises(ValueError, match=r"shared_prefix='on'.*neftune_noise_alpha"):
+        make_trainer(policy, tmp_path, shared_prefix="on", **options)
+
+
+@pytest.fixture
+def compiled_by_accelerate(monkeypatch):
+    """What `torch_compile` leaves in the environment and in accelerate's state goes with the test."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    yield {"torch_compile": True, "torch_compile_backend": "eager"}
+    AcceleratorState._reset_state()
+
+
+def test_a_model_that_training_compiles_is_padded(compiled_by_accelerate, tmp_path, caplog):
+    trainer = make_trainer(make_model(FAMILIES["llama"]), tmp_path, **compiled_by_accelerate)
+    with caplog.at_level("WARNING"):
+        assert not trainer.packs
+    assert "the model is compiled" in caplog.text
+    with pytest.raises(ValueError, match=r"shared_prefix='on'.*the model is compiled"):
+        make_trainer(make_model(FAMILIES["llama"]), tmp_path, shared_prefix="on", **compiled_by_accelerate)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_model_that_is_compiled_already_is_padded(in_place, tmp_path):
+    model = make_model(FAMILIES["llama"])
+    if in_place:
+        model.model.layers[0].compile(backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
+        if not is_compiled_module(model):
+            pytest.skip("torch.compile does nothing: TORCHDYNAMO_DISABLE is set")
+    assert not make_trainer(model, tmp_path).packs
+    with pytest.raises(ValueError, match="the model is compiled"):
+        make_trainer(model, tmp_path, shared_prefix="on")
 
 
 # The attention by itself
@@ -503,3 +692,22 @@ def test_training_generates_from_shared_prompts(policy, tmp_path):
     assert train(GRPOExtTrainer, shared_prefix="on") == train(GRPOTrainer)
     prompts_of_8_rows = [shape for shape in shapes[GRPOExtTrainer] if shape[0] == 2 and shape[1] > 1]
     assert len(prompts_of_8_rows) == 3  # one for each generation
+
+
+def test_a_generate_of_the_users_stays(tmp_path):
+    """It may take other arguments than transformers'."""
+    model = make_model(FAMILIES["llama"])
+    trainer = make_trainer(model, tmp_path, shared_prefix="on", max_steps=2)
+    calls = []
+
+    def generate(input_ids, attention_mask, generation_config, disable_compile=None):
+        calls.append(len(input_ids))
+        return type(model).generate(
+            model, input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config
+        )
+
+    model.generate = generate
+    trainer.train()
+    assert trainer.packs
+    assert calls == [8, 8]
+    assert model.generate is generate

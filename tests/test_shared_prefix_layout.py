@@ -103,7 +103,7 @@ def check(layout, ids, prompts, completions):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        pytest.param([[1, 0, 1, 1]], "padding inside a row", id="a hole in the prompt"),
+        pytest.param([[1, 0, 1, 1]], "^there is padding inside a row", id="a hole in the prompt"),
         pytest.param([[1, 1, 0, 1]], "padding inside a row", id="a completion padded left"),
         pytest.param([[1, 0, 1, 1]], "prompts must be padded left", id="a prompt padded right"),
         pytest.param([[1, 1, 1, 1], [0, 0, 1, 0]], "row 1 has an empty prompt", id="no prompt"),
@@ -113,3 +113,14 @@ def test_rows_that_cannot_be_packed(mask, message):
     mask = torch.tensor(mask)
     with pytest.raises(LayoutError, match=message):
         packed_layout(torch.ones_like(mask), mask, 2)
+
+
+def test_rows_without_a_completion_leave_one_token():
+    """The first prompt's last one: there must be something to compute, and it must be no padding."""
+    ids, mask, width = padded([[5], [6, 7]], [[], []], extra_right=2)
+    layout = packed_layout(ids, mask, width)
+    assert layout.pack(ids).tolist() == [[5]]
+    assert layout.position_ids.tolist() == [0]
+    assert layout.scored.tolist() == layout.targets.tolist() == []
+    assert layout.longest_sequence == 1
+    assert layout.unpack(torch.empty(0)).tolist() == [[0.0, 0.0]] * 2

@@ -1,3 +1,4 @@
+import gzip
 import json
 import random
 
@@ -88,14 +89,16 @@ def test_gsm8k_without_system_prompt(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"question": "q", "answer": "24"}', "line 3: the answer has no '#### '"),
-        ('{"question": "q", "answer": "#### "}', "line 3: the answer has no '#### '"),
+        ('{"question": "q", "answer": "24"}', "line 3: the answer has no '####'"),
+        ('{"question": "q", "answer": "#### "}', "line 3: the answer has no '####'"),
         ('{"question": "q"}', "line 3: no text in column 'answer'; its columns are question"),
         ('{"answer": "#### 24"}', "line 3: no text in column 'question'"),
         ('{"question": 3, "answer": "#### 24"}', "line 3: no text in column 'question'"),
         ('{"question": ', "line 3: not a JSON object a line"),
         ("[1]", "line 3: not a JSON object but a list"),
         ("[" * 100_000, "line 3: not a JSON object a line"),
+        ('{"question": "q \\ud800", "answer": "#### 24"}', "line 3: no valid text in column 'question'"),
+        ('{"question": "q", "answer": "\\udcff #### 24"}', "line 3: no valid text in column 'answer'"),
     ],
 )
 def test_gsm8k_names_the_line_of_a_bad_row(tmp_path, line, message):
@@ -106,6 +109,50 @@ def test_gsm8k_names_the_line_of_a_bad_row(tmp_path, line, message):
     assert message in str(error.value)
 
 
+def test_gsm8k_in_files_as_they_come(tmp_path):
+    """With a byte order mark, gzipped, with line ends of Windows, with columns that do not count."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+    lines[0] = lines[0].replace("{", '{"id": ' + "9" * 5_000 + ", ", 1)  # longer than `int` reads
+    content = "\r\n".join(lines).encode("utf-8-sig")
+    (tmp_path / "bom.jsonl").write_bytes(content)
+    (tmp_path / "zipped.jsonl.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "zipped.jsonl").write_bytes(gzip.compress(content))
+    for name in ("bom.jsonl", "zipped.jsonl.gz", "zipped.jsonl"):
+        check(load_gsm8k(str(tmp_path / name)))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "zipped.jsonl.gz").rename(tmp_path / "folder" / "train.jsonl.gz")
+    check(load_gsm8k(str(tmp_path / "folder")))
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl\.gz does not exist"):
+        load_gsm8k(str(tmp_path / "nowhere.jsonl.gz"))
+
+
+def test_gsm8k_reads_a_marker_without_a_space(tmp_path):
+    row = load_gsm8k(str(write_jsonl(tmp_path / "some.jsonl", [{"question": "q", "answer": "It is 24.\n####24"}])))[0]
+    assert row["answer"] == "24"
+    assert row["solution"] == "<reasoning>\nIt is 24.\n</reasoning>\n<answer>\n24\n</answer>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.jsonl", b"", "has no rows"),
+        ("blank.jsonl", b"\xef\xbb\xbf\n \n", "has no rows"),
+        ("empty.jsonl.gz", gzip.compress(b""), "has no rows"),
+        ("cut.jsonl.gz", gzip.compress(b"x" * 100)[:-6], "not a whole gzip file"),
+        ("broken.jsonl.gz", gzip.compress(b"x" * 100)[:12] + b"\xff" * 40, "not a whole gzip file"),
+        ("surrogate.jsonl", b'\n{"question": "\xed\xa0\x80", "answer": "#### 1"}', "line 2: not a text in UTF-8"),
+        ("empty.parquet", b"", "not a parquet file"),
+        ("broken.parquet", b"PAR1 and so on, and so on PAR1", "not a parquet file"),
+    ],
+)
+def test_gsm8k_says_what_is_wrong_with_a_file(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_gsm8k(str(tmp_path / name))
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_gsm8k_missing_and_unreadable_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl does not exist"):
         load_gsm8k(str(tmp_path / "nowhere.jsonl"))
@@ -113,7 +160,7 @@ def test_gsm8k_missing_and_unreadable_files(tmp_path):
     with pytest.raises(ValueError, match="not a text in UTF-8"):
         load_gsm8k(str(tmp_path / "latin.jsonl"))
     write_parquet(tmp_path / "bad.parquet", [{"question": "q", "answer": "24"}])
-    with pytest.raises(ValueError, match=r"bad\.parquet, row 0: the answer has no '#### '"):
+    with pytest.raises(ValueError, match=r"bad\.parquet, row 0: the answer has no '####'"):
         load_gsm8k(str(tmp_path / "bad.parquet"))
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from tiny import save_tiny_policy, tiny_model, tiny_tokenizer
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, Qwen2Config
+from tiny import save_tiny_policy, save_tiny_reward_model, tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext.rewards import RewardBundle, exact_correctness_reward_func, gsm8k_bundle
@@ -72,23 +72,9 @@ def test_two_answer_rewards_log_side_by_side(tmp_path):
 
 def test_bundle_with_a_reward_model(tmp_path):
     """TRL loads the reward model and puts it into the list it was given; the bundle's own record stays."""
-    folder = tmp_path / "reward-model"
-    tokenizer = tiny_tokenizer()
-    model_config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    AutoModelForSequenceClassification.from_config(model_config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
+    folder = save_tiny_reward_model(tmp_path / "reward-model")
     without_model = gsm8k_bundle()
-    bundle = without_model + [str(folder)]
+    bundle = without_model + [folder]
     assert bundle.weights == [1.0] * 6
     trainer = train(bundle, config(tmp_path / "out", reward_weights=bundle.weights))
     assert trainer.reward_func_names[-1] == "reward-model"
@@ -96,8 +82,8 @@ def test_bundle_with_a_reward_model(tmp_path):
     assert without_model == gsm8k_bundle()
     assert bundle.names[-1] == "reward-model"
     assert isinstance(trainer.reward_funcs[-1], PreTrainedModel)
-    assert bundle.copy()[-1] == str(folder)
-    assert bundle.select("reward-model")[0] == str(folder)
+    assert bundle.copy()[-1] == folder
+    assert bundle.select("reward-model")[0] == folder
     assert (bundle + []).names == bundle.names
     assert isinstance(bundle.copy(), RewardBundle)
 

@@ -1,13 +1,16 @@
 """What the mixins rely on in TRL and transformers. When a release moves one of these, the test with its name fails."""
 
 import inspect
+import random
 
+import numpy
 import pytest
 import torch
 from canned import canned_config, train_canned
 from tiny import save_tiny_policy, tiny_model
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, MambaConfig, MambaForCausalLM, Qwen2Config
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -161,13 +164,83 @@ def test_whose_loss_it_is():
     assert compat.has_own_loss(Other._compute_loss)
 
 
-def test_randomness_is_seen():
+def set_in_nested_config(model):
+    model.config.text_config = Qwen2Config(attention_dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    "make_random",
+    [
+        pytest.param(lambda model: setattr(model.config, "attention_dropout", 0.1), id="dropout"),
+        pytest.param(lambda model: setattr(model.config, "resid_pdrop", 0.1), id="pdrop"),
+        pytest.param(lambda model: setattr(model.config, "layerdrop", 0.1), id="layerdrop"),
+        pytest.param(lambda model: setattr(model.config, "router_jitter_noise", 0.01), id="a router's noise"),
+        pytest.param(set_in_nested_config, id="a configuration in the configuration"),
+        pytest.param(lambda model: setattr(model.config, "text", {"dropout": 0.1}), id="a dictionary in it"),
+        pytest.param(lambda model: setattr(model.model.layers[1].self_attn, "attention_dropout", 0.1), id="a module"),
+        pytest.param(lambda model: setattr(model.model.embed_tokens, "neftune_noise_alpha", 5), id="NEFTune"),
+        pytest.param(lambda model: model.model.add_module("dropped", torch.nn.Dropout(0.1)), id="a layer"),
+    ],
+)
+def test_randomness_is_seen(make_random):
     model = tiny_model()
     assert not compat.has_active_randomness(model)
-    model.config.attention_dropout = 0.1
+    make_random(model)
     assert compat.has_active_randomness(model)
-    assert compat.has_active_randomness(torch.nn.Sequential(torch.nn.Dropout(0.1)))
-    assert not compat.has_active_randomness(torch.nn.Sequential(torch.nn.Dropout(0.0)))
+
+
+def test_a_dropout_that_does_nothing_is_no_randomness():
+    model = tiny_model()
+    model.model.dropout = torch.nn.Dropout(0.0)
+    model.config.use_dropout = True
+    model.config.classifier_dropout = 0.1  # of another head
+    assert not compat.has_active_randomness(model)
+    model.model.dropout.p = 0.1
+    assert compat.has_active_randomness(model)
+
+
+@pytest.fixture(scope="module")
+def trainer(trained):
+    trained[0].model.train()
+    return trained[0]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        pytest.param(lambda states: torch.nn.functional.dropout(states, 0.1), id="torch"),
+        pytest.param(lambda states: states * (random.random() < 0.9), id="Python"),
+        pytest.param(lambda states: states + numpy.random.normal(), id="numpy"),
+    ],
+)
+def test_randomness_without_a_name_is_seen_in_a_forward(draw, trainer, monkeypatch):
+    """A generator has moved on; behind it, it goes on as if it had not."""
+    monkeypatch.delattr(trainer, "_draws_random_numbers", raising=False)
+    assert not compat.forwards_are_random(trainer)
+    monkeypatch.delattr(trainer, "_draws_random_numbers")
+    plain = Qwen2MLP.forward
+    monkeypatch.setattr(Qwen2MLP, "forward", lambda self, states: draw(plain(self, states)))
+    assert not compat.has_active_randomness(trainer.model)
+    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    assert compat.forwards_are_random(trainer)
+    after = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    assert torch.equal(after[0], before[0])
+    assert after[1:] == before[1:]
+
+
+def test_a_forward_is_asked_once(trainer, monkeypatch):
+    monkeypatch.delattr(trainer, "_draws_random_numbers", raising=False)
+    calls = []
+    handle = trainer.model.register_forward_pre_hook(lambda module, inputs: calls.append(module))
+    assert not compat.forwards_are_random(trainer)
+    assert not compat.forwards_are_random(trainer)
+    handle.remove()
+    assert len(calls) == 1
+    trainer.neftune_noise_alpha = 5.0
+    try:
+        assert compat.forwards_are_random(trainer)
+    finally:
+        trainer.neftune_noise_alpha = None
 
 
 # What the packed forward relies on
@@ -183,19 +256,41 @@ def test_lm_head_takes_the_labels_of_each_place():
     assert output.log_probs[0].tolist() == pytest.approx([expected[0, 0, 66].item(), 0, expected[0, 2, 68].item()])
 
 
-def test_masks_of_four_dimensions_and_arguments_reach_the_attention():
-    """Or a mask of N x N would be made for a packed row, and the segments lost."""
+def test_masks_of_four_dimensions_and_arguments_reach_the_attention(monkeypatch):
+    """Or a mask of N x N would be made for a packed row, and the segments lost. The attention is found by its name."""
     seen = []
 
     def attention(module, query, key, value, attention_mask, segments=None, **kwargs):
         seen.append((attention_mask, segments))
         return query.transpose(1, 2), None
 
-    AttentionInterface.register("contract", attention)
-    AttentionMaskInterface.register("contract", sdpa_mask)
     model = tiny_model()
-    model.set_attn_implementation("contract")
-    mask, segments = torch.ones(1, 1, 1, 1, dtype=torch.bool), object()
-    model(input_ids=torch.tensor([[65, 66]]), attention_mask=mask, segments=segments)
+    assert compat.attention_name(model) == "sdpa"
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    AttentionInterface.register("sdpa", attention)
+    try:
+        mask, segments = torch.ones(1, 1, 1, 1, dtype=torch.bool), object()
+        model(input_ids=torch.tensor([[65, 66]]), attention_mask=mask, segments=segments)
+    finally:
+        AttentionInterface.register("sdpa", stock)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is stock
     assert len(seen) == model.config.num_hidden_layers
     assert all(found[0] is mask and found[1] is segments for found in seen)
+
+
+def test_kernels_of_cpus_return_the_log_sum_exp():
+    query, key, value = torch.randn(3, 1, 2, 5, 8).unbind()
+    output, log_sum_exp = compat.flash_attention_on_cpu(query, key, value, 0.0, False, scale=0.5)
+    scores = 0.5 * query @ key.transpose(2, 3)
+    torch.testing.assert_close(output, scores.softmax(-1) @ value)
+    torch.testing.assert_close(log_sum_exp, scores.logsumexp(-1))
+
+
+def test_what_is_known_of_recurrent_models_and_parameters_in_parts():
+    assert not compat.carries_state_along_rows(tiny_model())
+    config = MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, state_size=4)
+    assert compat.carries_state_along_rows(MambaForCausalLM(config))
+    model = tiny_model()
+    assert not compat.holds_parts_of_parameters(model)
+    model.lm_head.weight.ds_id = 0  # as DeepSpeed numbers them under ZeRO-3
+    assert compat.holds_parts_of_parameters(model)

@@ -1,7 +1,13 @@
 """Models and tokenizers made from a config, in seconds and without a hub."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    set_seed,
+)
 
 
 CHAT_TEMPLATE = (
@@ -46,4 +52,24 @@ def save_tiny_policy(folder) -> str:
     """A checkpoint of `tiny_model` and `tiny_tokenizer`; returns its path."""
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_reward_model(folder) -> str:
+    """A checkpoint of a reward model for `tiny_tokenizer`, with random weights; returns its path."""
+    tokenizer = tiny_tokenizer()
+    model = Qwen2ForSequenceClassification(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_labels=1,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)

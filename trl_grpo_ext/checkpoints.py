@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from .mixin_order import OrderedMixin
 from .ranks import is_lost_connection
 from .rollouts import FOLDER as ROLLOUTS
 
@@ -24,11 +25,7 @@ from .rollouts import FOLDER as ROLLOUTS
 logger = get_logger(__name__)
 
 if TYPE_CHECKING:
-    from trl import GRPOTrainer as _GRPOTrainer
-
     from .runs import RunRecord
-else:
-    _GRPOTrainer = object  # it may stand before any subclass of TRL's
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
@@ -146,7 +143,7 @@ def newest_whole_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | 
     return (whole[max(steps)] if steps else None), damages
 
 
-class WholeCheckpointsMixin(_GRPOTrainer):
+class WholeCheckpointsMixin(OrderedMixin):
     """Checkpoints that are whole or not there, for any `trl.GRPOTrainer`; it goes before mixins that save themselves.
 
     A checkpoint is written to a folder `_incomplete-...` of this trainer's own, and renamed when every process has

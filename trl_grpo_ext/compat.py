@@ -1,17 +1,54 @@
-"""What this package knows of TRL's private members: their names, where they came from, and what they mean.
+"""All that this package knows of private names of TRL, transformers, accelerate and torch, and what they mean.
 
-The mixins override public and underscored *methods* of `trl.GRPOTrainer` and call `super()`; its underscored *state*
-is read and written here alone. `tests/test_trl_contract.py` holds every one of these against the installed TRL, so
-that a release that moves one fails with its name.
+The mixins override and call the methods in `SEAMS`; every other private name is used here alone. A test looks for
+others, and `tests/test_trl_contract.py` holds these against what is installed, so that a release that moves one fails
+with its name.
 """
 
-from collections.abc import Sequence
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from datetime import timedelta
+from inspect import unwrap
+from pathlib import Path
+from types import CodeType
 from typing import Any
 
+import numpy
+import torch
+import trl
+from accelerate.utils import DynamoBackend, is_compiled_module
 from torch import nn
+from torch.distributed import distributed_c10d
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
 
 from .objective import LOSS_TYPES
+
+
+# Members of TRL's trainer that mixins override, and call through `super()`.
+SEAMS = (
+    "_compute_loss",  # the loss of a micro-batch
+    "_generate_and_score_completions",  # a generation batch: completions, rewards, advantages
+    "_get_output_dir",  # where a run's checkpoints lie
+    "_get_per_token_logps_and_entropies",  # every forward, of the policy and of the reference
+    "_get_train_sampler",  # the order of prompts
+    "_init_training_state",  # epoch and batches to begin with
+    "_load_optimizer_and_scheduler",  # the last thing that is read of a checkpoint before training goes on
+    "_prepare_inputs",  # the rows of the next micro-batch, generated where it is time
+    "_push_from_checkpoint",  # what is done with a checkpoint when it has been written
+    "_save_checkpoint",
+    "_tag_names",  # of the model card
+)
+
+FORWARD = "_get_per_token_logps_and_entropies"
+_TRL_FOLDER = Path(trl.__file__).parent
 
 
 def step(trainer: GRPOTrainer) -> int:
@@ -49,9 +86,87 @@ def corrects_sampling(trainer: GRPOTrainer) -> bool:
     return bool(trainer.use_vllm and trainer.vllm_importance_sampling_correction)
 
 
-def has_own_loss(next_compute_loss: Any) -> bool:
-    """Whether another class than TRL's `GRPOTrainer` computes the loss that comes next in the method order."""
-    return getattr(next_compute_loss, "__func__", next_compute_loss) is not GRPOTrainer._compute_loss
+# Whose method it is
+
+
+def foreign_override(trainer: GRPOTrainer, name: str) -> str | None:
+    """Whose method a call really reaches, where that is neither TRL's own nor one of this package's.
+
+    Args:
+        trainer (`GRPOTrainer`):
+            The trainer; methods replaced on the object itself count too.
+        name (`str`):
+            A method of `GRPOTrainer`.
+
+    Returns:
+        `str` or `None`:
+            The method that stands before TRL's, or in its place; `None` if there is none.
+    """
+    if name in vars(trainer):
+        return f"the method {name!r} that was set on this {type(trainer).__name__}"
+    for cls in type(trainer).__mro__:
+        method = vars(cls).get(name)
+        if cls is GRPOTrainer:
+            return None if _is_trls_own(method, name) else f"a function put in place of GRPOTrainer.{name}"
+        if method is not None and not str(getattr(method, "__module__", "")).startswith(f"{__package__}."):
+            return f"{cls.__name__}.{name}"
+    return None
+
+
+def _is_trls_own(method: Any, name: str) -> bool:
+    """Whether a function of `GRPOTrainer` is the one that TRL defines, and each decorator around it TRL's as well."""
+    code: CodeType | None = getattr(method, "__code__", None)
+    if code is None or not Path(code.co_filename).is_relative_to(_TRL_FOLDER):
+        return False
+    wrapped = getattr(method, "__wrapped__", None)
+    return code.co_qualname == f"GRPOTrainer.{name}" if wrapped is None else _is_trls_own(wrapped, name)
+
+
+# What TRL's loss reads of its configuration and of the trainer's state, and what is known of it here: either
+# `ClippedObjective` has it, or `is_clipped_objective` asks for its default, or it changes no gradient.
+KNOWN_TO_THE_LOSS = frozenset(
+    {
+        *("beta", "delta", "epsilon_low", "epsilon_high", "importance_sampling_level", "loss_type"),
+        *(
+            "max_completion_length",
+            "steps_per_generation",
+            "use_bias_correction_kl",
+            "current_gradient_accumulation_steps",
+        ),
+        *("top_entropy_quantile", "off_policy_mask_threshold", "use_vllm", "vllm_importance_sampling_correction"),
+        *("aux_loss_enabled", "router_aux_loss_coef", "_entropy_bonus_enabled", "_entropy_window_stats"),
+        *("_last_world_entropy", "entropy_coef", "entropy_coef_delta", "entropy_coef_max", "entropy_coef_min"),
+        *("entropy_target", "use_adaptive_entropy", "sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_neg"),
+        *("vespo_k_pos", "vespo_lambda_neg", "vespo_lambda_pos", "accelerator", "args", "model", "_metrics"),
+    }
+)
+
+
+def unknown_loss_options(trainer: GRPOTrainer) -> list[str]:
+    """What TRL's loss reads, is set to something, and is not known here: options of a later release.
+
+    Read are all names in the function's code that are fields of the configuration or attributes of the trainer.
+    """
+    names = _names_in(unwrap(GRPOTrainer._compute_loss).__code__) - KNOWN_TO_THE_LOSS
+    options = {option.name: option for option in fields(trainer.args) if option.name in names}
+    changed = []
+    for name, option in options.items():
+        default = option.default_factory() if option.default_factory is not MISSING else option.default
+        if getattr(trainer.args, name) != default:
+            changed.append(name)
+    for name in (names & vars(trainer).keys()) - options.keys():
+        value = vars(trainer)[name]
+        if isinstance(value, bool | int | float | str) and value:
+            changed.append(name)
+    return sorted(changed)
+
+
+def _names_in(code: CodeType) -> set[str]:
+    names = set(code.co_names) | {constant for constant in code.co_consts if isinstance(constant, str)}
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names_in(constant)
+    return names
 
 
 def is_clipped_objective(trainer: GRPOTrainer) -> bool:
@@ -66,14 +181,239 @@ def is_clipped_objective(trainer: GRPOTrainer) -> bool:
     )
 
 
+# Randomness in a forward
+
+# Names of numbers by which a forward is random where they are above 0, and of those that another head than a language
+# model's goes by.
+_OF_RANDOMNESS, _OF_OTHER_HEADS = ("drop", "jitter", "noise", "stochastic"), ("classifier", "seq_classif", "summary")
+
+
 def has_active_randomness(model: nn.Module) -> bool:
-    """Whether two forwards of the model in training mode can differ: dropout, or noise in a router."""
+    """Whether two forwards of the model in training mode can differ, by what modules and configurations say.
+
+    That is dropout, layers left out, and noise in a router or on embeddings, as the model's configuration, one inside
+    of it, or a module has it; [`forwards_are_random`] asks the forward itself.
+    """
+    settings: dict[int, Any] = {}  # by identity: modules share configurations
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return True
-    config = getattr(model, "config", None)
-    values = vars(config) if config is not None else {}
-    return any(
-        isinstance(value, float) and value > 0 and any(word in name for word in ("dropout", "pdrop", "jitter"))
-        for name, value in values.items()
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            settings[id(config)] = vars(config)
+        settings[id(module)] = {name: value for name, value in vars(module).items() if not isinstance(value, dict)}
+    return any(map(_says_randomness, settings.values()))
+
+
+def _says_randomness(settings: dict[Any, Any]) -> bool:
+    for name, value in settings.items():
+        if isinstance(value, PreTrainedConfig):
+            value = vars(value)
+        if isinstance(value, dict) and _says_randomness(value):
+            return True
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and value > 0 and _is_of_randomness(str(name).lower()):
+            return True
+    return False
+
+
+def _is_of_randomness(name: str) -> bool:
+    return any(word in name for word in _OF_RANDOMNESS) and not name.startswith(_OF_OTHER_HEADS)
+
+
+def has_noise_on_embeddings(trainer: GRPOTrainer) -> bool:
+    """Whether NEFTune is on, by the arguments or by the hook that it leaves on the embeddings while training."""
+    return trainer.neftune_noise_alpha is not None or any(
+        hasattr(module, "neftune_noise_alpha") for module in trainer.model.modules()
     )
+
+
+def forwards_are_random(trainer: GRPOTrainer) -> bool:
+    """Whether two forwards of the policy in training mode can differ; asked by all processes together.
+
+    First by what is known of it by name. Then a made-up row is computed, once for each trainer: whatever is random
+    takes numbers from one of the generators, so that a generator that has moved on is the proof, for any model.
+    """
+    if has_noise_on_embeddings(trainer) or has_active_randomness(trainer.model):
+        return True
+    if not trainer.model.training:
+        return False
+    if not hasattr(trainer, "_draws_random_numbers"):
+        trainer._draws_random_numbers = _draws_random_numbers(trainer)
+    return trainer._draws_random_numbers
+
+
+def _draws_random_numbers(trainer: GRPOTrainer) -> bool:
+    device = trainer.accelerator.device
+    ids = torch.arange(8, device=device).unsqueeze(0)
+    checkpointing = trainer.args.gradient_checkpointing_kwargs
+    with generators_restored(device) as before, torch.no_grad():
+        try:
+            with disable_gradient_checkpointing(trainer.model, checkpointing):
+                # TRL's own, whatever a subclass makes of it
+                GRPOTrainer._get_per_token_logps_and_entropies(trainer, trainer.model, ids, torch.ones_like(ids), 4)
+        except Exception:  # models of others, which may want more than text: nothing is known of them
+            draws = True
+        else:
+            draws = any(_differs(state, before[name]) for name, state in _generator_states(device).items())
+    found = torch.tensor([float(draws)], device=device)
+    return bool(trainer.accelerator.reduce(found, reduction="sum").item() > 0)
+
+
+@contextmanager
+def generators_restored(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Random generators go on behind it as if nothing had been drawn within; yields their states."""
+    states = _generator_states(device)
+    try:
+        yield states
+    finally:
+        random.setstate(states["python"])
+        numpy.random.set_state(states["numpy"])
+        torch.set_rng_state(states["torch"])
+        if "device" in states:
+            torch.get_device_module(device).set_rng_state(states["device"])
+
+
+def _generator_states(device: torch.device) -> dict[str, Any]:
+    states = {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def _differs(state: Any, other: Any) -> bool:
+    if isinstance(state, tuple):  # Python's and numpy's
+        return any(_differs(part, other_part) for part, other_part in zip(state, other, strict=True))
+    return bool((state != other).any()) if isinstance(state, torch.Tensor | numpy.ndarray) else bool(state != other)
+
+
+# What packing relies on in transformers, torch and accelerate
+
+
+def attention_name(model: PreTrainedModel) -> str | None:
+    """The name of the model's attention in transformers' `AttentionInterface`; it is in a private attribute."""
+    return model.config._attn_implementation
+
+
+def carries_state_along_rows(model: PreTrainedModel) -> bool:
+    """Whether transformers says of the model that it is recurrent."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
+def compiles(trainer: GRPOTrainer) -> bool:
+    """Whether the policy is compiled, or will be when it is prepared for training."""
+    return trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO or any(
+        is_compiled_module(module) or module._compiled_call_impl is not None for module in trainer.model.modules()
+    )
+
+
+def holds_parts_of_parameters(model: nn.Module) -> bool:
+    """Whether a process has only its part of a parameter between forwards: ZeRO-3, FSDP, tensor parallelism."""
+    return any(
+        hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in model.parameters()
+    ) or any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+
+
+# The kernels that `scaled_dot_product_attention` takes on CPUs; they return the log-sum-exp too, which it does not.
+flash_attention_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_attention_on_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+# Forwards that are looked at from outside
+
+
+@contextmanager
+def _replaced_forward(trainer: GRPOTrainer, replacement: Callable[..., Any]) -> Iterator[None]:
+    """Put a function in front of the trainer's forward, whoever overrides it: it gets that forward, and the call."""
+    forward = getattr(trainer, FORWARD)
+    had_one_of_its_own = FORWARD in vars(trainer)
+    setattr(trainer, FORWARD, lambda *args, **kwargs: replacement(forward, *args, **kwargs))
+    try:
+        yield
+    finally:
+        if had_one_of_its_own:
+            setattr(trainer, FORWARD, forward)
+        else:
+            delattr(trainer, FORWARD)
+
+
+@contextmanager
+def without_old_policy_forward(trainer: GRPOTrainer) -> Iterator[None]:
+    """Within it TRL's forward for the old policy, the first that it asks for when it generates, yields `None`s.
+
+    Only that one: those of rollout functions, rewards and subclasses are made.
+    """
+    of_trl = unwrap(GRPOTrainer._generate_and_score_completions).__code__
+    is_awaited = True
+
+    def skip_the_first(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal is_awaited
+        caller = sys._getframe(2)  # beyond the function that stands in the method's place
+        if is_awaited and caller.f_code is of_trl:
+            is_awaited = False
+            return None, None, None
+        return forward(*args, **kwargs)
+
+    with _replaced_forward(trainer, skip_the_first):
+        yield
+
+
+@contextmanager
+def recorded_policy_forwards(trainer: GRPOTrainer, model: Any) -> Iterator[list[torch.Tensor]]:
+    """Within it, the log-probabilities of the policy that carry a gradient are collected, as whoever asks gets them.
+
+    Args:
+        trainer (`GRPOTrainer`):
+            The trainer.
+        model (`nn.Module`):
+            The policy, as the loss gets it.
+    """
+    found: list[torch.Tensor] = []
+
+    def record(forward: Callable[..., Any], of_model: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(of_model, *args, **kwargs)
+        if of_model is model and isinstance(output[0], torch.Tensor) and output[0].requires_grad:
+            found.append(output[0].detach())
+        return output
+
+    with _replaced_forward(trainer, record):
+        yield found
+
+
+def save_on_signal_behind_optimizer_steps(trainer: GRPOTrainer) -> None:
+    """Let `enable_jit_checkpoint` save at the end of an optimizer step, and not between its gradient and the step.
+
+    There the counter of micro-batches is ahead of the weights: a run that went on from there would leave a step out.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, JITCheckpointCallback):
+            callback.on_pre_optimizer_step = lambda *args, **kwargs: None  # it asks again in `on_step_end`
+
+
+# What the forward takes beside token ids where there are images
+IMAGE_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+def forward_inputs(micro_batch: dict[str, Any]) -> tuple[tuple[torch.Tensor, torch.Tensor, int], dict[str, Any]]:
+    """What the forward of a micro-batch is called with: token ids and mask, both `(B, P + C)`, `C`, and of images."""
+    ids = torch.cat([micro_batch["prompt_ids"], micro_batch["completion_ids"]], dim=1)
+    mask = torch.cat([micro_batch["prompt_mask"], micro_batch["completion_mask"]], dim=1)
+    images = {name: micro_batch[name] for name in IMAGE_INPUTS if micro_batch.get(name) is not None}
+    return (ids, mask, micro_batch["completion_ids"].size(1)), images
+
+
+def bound_collective_calls(timeout: timedelta) -> None:
+    """Let the calls of every group of processes give up after so long, also of groups that others have made."""
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timeout, group)

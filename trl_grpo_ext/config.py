@@ -4,7 +4,10 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from transformers import TrainingArguments
 from trl import GRPOConfig
+
+from .passes import can_stop
 
 
 @dataclass
@@ -18,12 +21,14 @@ class GRPOExtConfig(GRPOConfig):
             generation, without active dropout.
         target_kl (`float`, *optional*):
             Stop passing over a batch of rollouts when the mean KL from the old to the new policy over a pass exceeds
-            this many nats a token. The passes that remain are made with completions sampled afresh for the same
-            prompts, so neither the number of steps nor the order of prompts changes.
+            this many nats a token, over the completions that carry a gradient, whether the others are computed or not.
+            The passes that remain are made with completions sampled afresh for the same prompts, so neither the number
+            of steps nor the order of prompts changes.
         skip_zero_advantage (`bool`, *optional*, defaults to `True`):
             Leave out completions that carry no gradient (zero advantage, or no token that counts), and spread the
             others evenly over the micro-batches of their optimizer step. Loss and gradient are the same. Applies to
-            `loss_type` grpo, dr_grpo and dapo with `beta=0`; metrics over tokens then cover the rows that are left.
+            TRL's own loss with `loss_type` grpo, dr_grpo and dapo and `beta=0`. Clip ratios count the completions left
+            out, as TRL does; the entropy is that of the others.
         save_rollouts (`bool`, *optional*, defaults to `True`):
             Keep the rollouts in checkpoints, so that a run stopped between two passes ends where it would have.
         reshuffle_iterations (`bool`, *optional*, defaults to `False`):
@@ -31,6 +36,10 @@ class GRPOExtConfig(GRPOConfig):
         shared_prefix (`str`, *optional*, defaults to `"auto"`):
             Compute each prompt once for all its completions, and no padding: `"auto"` where the model and the batch
             allow it, `"on"` or an error that says why not, `"off"` never. Loss and gradient are the same.
+        check_references (`bool`, *optional*, defaults to `True`):
+            Raise when the trainer is made if this package's answer rewards cannot grade the first rows of the data
+            sets: a column that is missing, references that do not get full marks. `False` is for trainers that make
+            the column themselves.
     """
 
     reuse_first_pass_logps: bool = field(
@@ -58,6 +67,9 @@ class GRPOExtConfig(GRPOConfig):
             "choices": ["auto", "on", "off"],
         },
     )
+    check_references: bool = field(
+        default=True, metadata={"help": "Raise if the answer rewards cannot grade the data sets' first rows."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +91,8 @@ def extension_setting(args: GRPOConfig, name: str) -> Any:
 
 def check_settings(args: GRPOConfig) -> None:
     """Raise `ValueError` for settings that cannot work, naming field, value and remedy."""
+    if args.num_iterations < 1:
+        raise ValueError(f"num_iterations must be at least 1, got {args.num_iterations!r}")
     target_kl = extension_setting(args, "target_kl")
     if target_kl is not None and not (math.isfinite(target_kl) and target_kl > 0):
         raise ValueError(f"target_kl must be a positive number of nats, or None for no stop; got {target_kl!r}")
@@ -92,8 +106,43 @@ def check_settings(args: GRPOConfig) -> None:
             "reshuffle_iterations=True deals rows out anew between passes, and num_iterations=1 makes a single one: "
             "set num_iterations to 2 or more"
         )
+    if target_kl is not None and not can_stop(
+        args.num_iterations, args.steps_per_generation, args.gradient_accumulation_steps
+    ):
+        raise ValueError(
+            f"target_kl={target_kl!r} can never stop a pass: gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps} takes all num_iterations * steps_per_generation = "
+            f"{args.num_iterations} * {args.steps_per_generation} micro-batches of the passes into one optimizer "
+            "step, in which the policy stays the same: set a smaller gradient_accumulation_steps, or target_kl to None"
+        )
     shared_prefix = extension_setting(args, "shared_prefix")
     if shared_prefix not in ("auto", "on", "off"):
         raise ValueError(f"shared_prefix must be 'auto', 'on' or 'off', got {shared_prefix!r}")
-    if args.num_iterations < 1:
-        raise ValueError(f"num_iterations must be at least 1, got {args.num_iterations!r}")
+
+
+# Fields of `GRPOConfig` on which neither the rows of a batch nor what is done with them depends.
+_INDIFFERENT_TO_ROLLOUTS = frozenset(
+    {
+        *("trust_remote_code", "num_generations_eval", "ds3_gather_for_generation", "save_rollouts", "target_kl"),
+        *("log_completions", "log_multimodal", "num_completions_to_print", "log_unique_prompts"),
+        *("log_completions_hub_repo", "vllm_server_base_url", "vllm_server_host", "vllm_server_port"),
+        *("vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"),
+    }
+)
+_BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def rollout_settings(args: GRPOConfig) -> dict[str, Any]:
+    """The settings on which a batch of rollouts depends, of JSON's types: all of TRL's and ours but harmless ones.
+
+    How the rows were sampled and scored, which of them were left out, and where they were dealt out: a run that is
+    resumed with another one of these cannot go on with them.
+    """
+    of_trainer = {item.name for item in fields(TrainingArguments)} - set(_BATCH_FIELDS)
+    names = {item.name for item in fields(args)} - of_trainer - _INDIFFERENT_TO_ROLLOUTS
+    names |= EXTENSION_DEFAULTS.keys() - _INDIFFERENT_TO_ROLLOUTS
+    values = {name: getattr(args, name, EXTENSION_DEFAULTS.get(name)) for name in sorted(names)}
+    return {
+        name: value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+        for name, value in values.items()
+    }

@@ -16,12 +16,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.models import unwrap_model_for_generation
 
-from .rewards.correctness import numerically_equal
+from .rewards.correctness import is_reference_number
 from .rewards.extract import extract_last_number, extract_tagged_answer
+from .rewards.references import reference_to_text
 
 
 if TYPE_CHECKING:
@@ -52,21 +54,24 @@ class Accuracy:
     samples_per_item: int
 
 
-def is_strictly_correct(text: str, answer: str) -> bool:
+def is_strictly_correct(text: str, answer: Any) -> bool:
     """Whether the text's closed answer tag holds the answer, character for character or as the same number."""
-    tagged = extract_tagged_answer(text)
-    return tagged is not None and (tagged == answer.strip() or numerically_equal(tagged, answer))
+    tagged, reference = extract_tagged_answer(text), reference_to_text(answer)
+    if tagged is None or reference is None:
+        return False
+    return tagged == reference or is_reference_number(tagged, reference)
 
 
-def is_flexibly_correct(text: str, answer: str) -> bool:
+def is_flexibly_correct(text: str, answer: Any) -> bool:
     """Whether the last number in the text is the answer."""
-    return numerically_equal(extract_last_number(text), answer)
+    reference = reference_to_text(answer)
+    return reference is not None and is_reference_number(extract_last_number(text), reference)
 
 
 def generate_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[dict[str, str]]],
+    prompts: Sequence[str | list[dict[str, str]]],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -80,9 +85,9 @@ def generate_texts(
         model (`PreTrainedModel`):
             The policy, in whatever mode; its own generation defaults (top-k, repetition penalty) are not used.
         tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer, with a chat template.
-        prompts (`Sequence[list[dict]]`):
-            Conversational prompts.
+            Its tokenizer, with a chat template if prompts are conversational.
+        prompts (`Sequence[str | list[dict]]`):
+            Prompts as TRL takes them: texts, which are completed as they are, or messages.
         max_new_tokens (`int`):
             Longest completion, in tokens.
         temperature (`float`, *optional*, defaults to `0.0`):
@@ -97,15 +102,15 @@ def generate_texts(
     Returns:
         `list[list[str]]`:
             For each prompt its `num_samples` completions, special tokens left out.
+
+    Raises:
+        ValueError: If prompts are conversational and the tokenizer has no chat template.
     """
-    if not prompts:
-        return []
-    ids_of_prompts = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=True)[
-        "input_ids"
-    ]
+    ids_of_prompts = [_to_ids(tokenizer, prompt) for prompt in prompts]
     end_ids = model.generation_config.eos_token_id or []
     end_ids = {*(end_ids if isinstance(end_ids, list) else [end_ids]), tokenizer.eos_token_id} - {None}
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad_id = 0 if pad_id is None else pad_id  # whichever: it is masked
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     config = GenerationConfig(
         **(sampling if temperature > 0 else {"do_sample": False}),
@@ -122,9 +127,13 @@ def generate_texts(
     rows = max(1, batch_size // num_samples)
     for start in range(0, len(order), rows):
         indices = order[start : start + rows]
-        inputs = tokenizer.pad(
-            {"input_ids": [ids_of_prompts[index] for index in indices]}, padding_side="left", return_tensors="pt"
-        ).to(model.device)
+        rows_ids = [torch.tensor(ids_of_prompts[index], device=model.device) for index in indices]
+        inputs = {
+            "input_ids": pad_sequence(rows_ids, batch_first=True, padding_value=pad_id, padding_side="left"),
+            "attention_mask": pad_sequence(
+                [torch.ones_like(ids) for ids in rows_ids], batch_first=True, padding_side="left"
+            ),
+        }
         with torch.no_grad():
             outputs = model.generate(**inputs, generation_config=config)
         completions = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -133,6 +142,18 @@ def generate_texts(
         if progress is not None:
             progress.update(len(indices))
     return texts
+
+
+def _to_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+    """A prompt's tokens, as TRL makes them."""
+    if isinstance(prompt, str):
+        return tokenizer(text=prompt)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the prompts are messages and the tokenizer has no chat template: set tokenizer.chat_template, or make "
+            "the prompts texts"
+        )
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)["input_ids"]
 
 
 @contextmanager
@@ -147,6 +168,26 @@ def _undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
             yield
         finally:
             model.train(was_training)
+
+
+def check_problems(dataset: "Dataset") -> None:
+    """Raise `ValueError` unless a data set has problems, each with a prompt and an answer to compare with."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "column_names"):
+        raise ValueError(f"problems must be a datasets.Dataset, whose length is known, not a {type(dataset).__name__}")
+    if len(dataset) == 0:
+        raise ValueError("there are no problems to evaluate on; ask for at least one")
+    for column in ("prompt", "answer"):
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"problems need the columns 'prompt' and 'answer', and these have {', '.join(dataset.column_names)}: "
+                f"rename the one that holds the {column}"
+            )
+    for index, answer in enumerate(dataset["answer"]):
+        if reference_to_text(answer) is None:
+            raise ValueError(
+                f"problem {index} has no answer to compare with: 'answer' is {str(answer)[:60]!r}, and must be a text "
+                "or a number; leave the problem out"
+            )
 
 
 def evaluate(
@@ -168,9 +209,9 @@ def evaluate(
             The policy, as the trainer holds it: wrapped, and shared out over processes, if `accelerator` is given.
             Its mode and the state of the random number generators are as before afterwards.
         tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer, with a chat template.
+            Its tokenizer, with a chat template if prompts are conversational.
         dataset (`datasets.Dataset`):
-            The problems.
+            The problems: texts or messages in `prompt`, and in `answer` what [`reference_to_text`] understands.
         max_new_tokens (`int`):
             Longest completion, in tokens.
         samples_per_item (`int`, *optional*, defaults to `4`):
@@ -190,10 +231,10 @@ def evaluate(
             The shares of right answers.
 
     Raises:
-        ValueError: If there is no problem to evaluate on.
+        ValueError: If there is no problem to evaluate on, a column is missing, or a problem has no answer. Nothing is
+            generated before that is known.
     """
-    if len(dataset) == 0:
-        raise ValueError("there are no problems to evaluate on; ask for at least one")
+    check_problems(dataset)
     process_index = accelerator.process_index if accelerator is not None else 0
     num_processes = accelerator.num_processes if accelerator is not None else 1
     # Each process takes as many problems, the last ones twice if need be: where weights are shared out, all processes

@@ -1,25 +1,30 @@
 """`MultiIterationMixin`: several passes over one batch of rollouts, cheap, safe and visible."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from trl.models.utils import disable_gradient_checkpointing
 
 from . import compat
-from .config import check_settings, extension_setting
-from .metrics import Statistics, micro_batch_statistics, objective_statistics
+from .config import check_settings, extension_setting, rollout_settings
+from .metrics import micro_batch_statistics, objective_statistics
+from .mixin_order import OrderedMixin
 from .objective import ClippedObjective, clip_binds
+from .passes import PassStatistics, exceeds_target
 from .rollouts import (
     FOLDER,
     RolloutBuffer,
-    RolloutError,
+    carries_gradient,
     column_advantages,
+    load_matching_rollouts,
     loss_mask,
-    rollout_files,
     save_no_rollouts,
 )
 from .shared_prefix.mixin import SharedPrefixMixin
@@ -27,13 +32,8 @@ from .shared_prefix.mixin import SharedPrefixMixin
 
 logger = get_logger(__name__)
 
-if TYPE_CHECKING:
-    from trl import GRPOTrainer as _GRPOTrainer
-else:
-    _GRPOTrainer = object  # it may stand before any subclass of TRL's
 
-
-class MultiIterationMixin(_GRPOTrainer):
+class MultiIterationMixin(OrderedMixin):
     """Multi-iteration clipping for any `trl.GRPOTrainer`: `class MyTrainer(MultiIterationMixin, GRPOTrainer): ...`.
 
     With `num_iterations` > 1 each batch of rollouts is passed over several times. The mixin
@@ -45,26 +45,30 @@ class MultiIterationMixin(_GRPOTrainer):
     - leaves out completions that carry no gradient (`skip_zero_advantage`);
     - reports each pass by itself: `iteration/{k}/approx_kl` (KL from the old to the new policy, nats a token),
       `iteration/{k}/clip_ratio`, `iteration/{k}/clip_ratio_low`, `iteration/{k}/clip_ratio_high` (shares of tokens),
-      `iteration/{k}/ratio_max`, with k from 1, `rollouts/iterations_used`, and `update/rows_skipped` of a generation
-      batch on this process, next to all of TRL's metrics. Where rows are left out, the metrics over tokens (entropy,
-      clip ratios, KL) cover those that are left;
+      `iteration/{k}/ratio_max`, with k from 1, all over the completions that carry a gradient;
+      `rollouts/iterations_used`, and `update/rows_skipped` of a generation batch on this process;
+    - reports TRL's own metrics of the loss (clip ratios, KL, entropy) once an optimizer step, weighed by tokens. The
+      clip ratios are TRL's, whose denominators count completions that were left out too; the entropy is that of the
+      completions that were computed;
     - keeps the rollouts in checkpoints, so that a run resumes exactly between two passes (`save_rollouts`).
 
-    Settings are those of [`GRPOExtConfig`]; with a plain `GRPOConfig` their defaults hold. The loss is
-    [`ClippedObjective`] for TRL's clipped loss types without further features, and `super()`'s for everything else:
-    other loss types, an entropy bonus, images, a trainer with a loss of its own. All but `skip_zero_advantage` works
-    for those too.
+    Settings are those of [`GRPOExtConfig`]; with a plain `GRPOConfig` their defaults hold.
+
+    Who computes the loss decides what is on. TRL's clipped loss without further features is computed here, as a
+    [`ClippedObjective`]. Other loss types, an entropy bonus or images are computed by TRL: rows stay where it puts
+    them, the rest works. Where a subclass, or a function put in TRL's place, computes the loss, rows stay too, and the
+    old policy's log-probabilities are computed as TRL does it, because that loss may read them.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_settings(self.args)
-        self._awaits_old_policy_forward = False
-        self._last_logps: torch.Tensor | None = None
+        compat.save_on_signal_behind_optimizer_steps(self)
+        self._pass_statistics = PassStatistics()
         self._window_position = 0  # micro-batches since the last optimizer step
-        self._pending_statistics: list[tuple[int, bool, torch.Tensor]] = []  # (iteration, is own loss, statistics)
-        self._pass_sums: torch.Tensor | None = None  # over the pass so far: tokens, KL to the old policy
+        self._has_own_statistics = False  # of the micro-batch that is trained on
         self._has_explained_zeros = False
+        self._reported_losses: set[str] = set()
         self._train_sampler: Any = None
 
     # Rollouts
@@ -79,25 +83,25 @@ class MultiIterationMixin(_GRPOTrainer):
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)
         step, rollouts = compat.step(self), self._rollouts
-        index = step % self.args.steps_per_generation
         if (
             rollouts is not None
-            and index == 0
+            and step % self.args.steps_per_generation == 0
             and rollouts.iteration(step) > 1
             and extension_setting(self.args, "reshuffle_iterations")
             and rollouts.has_only_text
         ):
             rollouts.shuffle(self._window_within_rollouts() or 1, by_prompt=self._arranges_by_prompt(rollouts))
-        super()._prepare_inputs(generation_batch)
-        rollouts = self._rollouts
-        if rollouts is None:  # TRL has just generated
-            rollouts = self._new_rollouts(compat.buffered_micro_batches(self), step)
-            compat.set_buffered_micro_batches(self, rollouts)
-            self._pass_sums = None
-        return rollouts.trimmed(index) if self._computes_own_loss(rollouts) else rollouts[index]
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._rollouts is not None:
+            return inputs
+        rollouts = self._new_rollouts(compat.buffered_micro_batches(self), step)  # TRL has just generated
+        compat.set_buffered_micro_batches(self, rollouts)
+        self._pass_statistics.end_pass()
+        return rollouts[step % self.args.steps_per_generation]
 
     def _new_rollouts(self, micro_batches: Sequence[dict[str, Any]], step: int) -> RolloutBuffer:
         rollouts = RolloutBuffer(micro_batches, start_step=step)
+        rollouts.has_only_text = self._is_so_everywhere(rollouts.has_only_text)
         window = self._window_within_rollouts()
         skips = self.beta == 0.0 and extension_setting(self.args, "skip_zero_advantage")
         by_prompt = self._arranges_by_prompt(rollouts)
@@ -112,10 +116,21 @@ class MultiIterationMixin(_GRPOTrainer):
                         rollouts.set_old_logps(index, self._forward(self.model, rollouts[index])[0])
         return rollouts
 
+    def _is_so_everywhere(self, condition: bool) -> bool:
+        """Whether a condition holds on all processes: what calls each of them makes must be decided together."""
+        if self.accelerator.num_processes == 1:
+            return condition
+        failures = torch.tensor([float(not condition)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(failures, reduction="sum").item() == 0)
+
     def _may_move_rows(self, rollouts: RolloutBuffer) -> bool:
         """Whether the loss is the same however the rows of an optimizer step are dealt out to micro-batches."""
-        # bnpo divides by what is in the micro-batch
-        return self.loss_type != "bnpo" and self._computes_own_loss(rollouts)
+        # bnpo divides by what is in the micro-batch; a subclass that prepares micro-batches knows which rows are where
+        return (
+            self.loss_type != "bnpo"
+            and self._computes_own_loss(rollouts)
+            and compat.foreign_override(self, "_prepare_inputs") is None
+        )
 
     def _arranges_by_prompt(self, rollouts: RolloutBuffer) -> bool:
         return (
@@ -131,89 +146,72 @@ class MultiIterationMixin(_GRPOTrainer):
             return per_pass
         return accumulation if per_pass % accumulation == 0 else None
 
+    # Old policy
+
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        self._awaits_old_policy_forward = (
-            self.model.training
-            and extension_setting(self.args, "reuse_first_pass_logps")
+        reuses = self.model.training and self._reuses_first_pass()
+        with compat.without_old_policy_forward(self) if reuses else nullcontext():
+            return super()._generate_and_score_completions(inputs)
+
+    def _reuses_first_pass(self) -> bool:
+        """Whether TRL's forward for the old policy is left out; `_new_rollouts` takes it where it is needed."""
+        may_read_it = ("compute_loss", "_compute_loss", "_prepare_inputs", "_generate_and_score_completions")
+        return (
+            extension_setting(self.args, "reuse_first_pass_logps")
             and compat.takes_old_policy_forward(self)
             and not compat.corrects_sampling(self)
-            and not compat.has_active_randomness(self.model)
+            and all(compat.foreign_override(self, name) is None for name in may_read_it)
+            and not compat.forwards_are_random(self)
         )
-        try:
-            return super()._generate_and_score_completions(inputs)
-        finally:
-            self._awaits_old_policy_forward = False
-
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._awaits_old_policy_forward and not torch.is_grad_enabled():
-            # TRL's forward for the old policy, the first that it takes when it generates. `_new_rollouts` takes it for
-            # the micro-batches that need it.
-            self._awaits_old_policy_forward = False
-            return None, None, None
-        output = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        self._last_logps = output[0].detach()
-        return output
 
     def _forward(self, model: Any, micro_batch: dict[str, Any], compute_entropy: bool = False) -> tuple[Any, ...]:
         """Log-probabilities and entropies of a micro-batch's completions, each `(B, C)`."""
-        images = (  # and what comes with them
-            "pixel_values",
-            "image_grid_thw",
-            "num_images",
-            "pixel_attention_mask",
-            "spatial_shapes",
-            "num_tiles",
-            "image_sizes",
-            "token_type_ids",
-            "mm_token_type_ids",
-            "image_position_ids",
-        )
-        return self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([micro_batch["prompt_ids"], micro_batch["completion_ids"]], dim=1),
-            torch.cat([micro_batch["prompt_mask"], micro_batch["completion_mask"]], dim=1),
-            micro_batch["completion_ids"].size(1),
-            compute_entropy=compute_entropy,
-            **{key: micro_batch[key] for key in images if micro_batch.get(key) is not None},
-        )
+        tokens, images = compat.forward_inputs(micro_batch)
+        return self._get_per_token_logps_and_entropies(model, *tokens, compute_entropy=compute_entropy, **images)
 
     # Loss
 
     def _computes_own_loss(self, rollouts: RolloutBuffer) -> bool:
-        """Whether the loss is [`ClippedObjective`]; else it is `super()`'s."""
-        return (
-            not compat.has_own_loss(super()._compute_loss)
-            and compat.is_clipped_objective(self)
-            and rollouts.has_only_text
-        )
+        """Whether the loss is [`ClippedObjective`]; else it is whose method is called."""
+        return rollouts.has_only_text and compat.is_clipped_objective(self) and self._foreign_loss() is None
 
-    def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
-        if not self.model.training or self._rollouts is None:
-            return super()._compute_loss(model, inputs)
-        step, rollouts = compat.step(self), self._rollouts
-        index, iteration = step % self.args.steps_per_generation, rollouts.iteration(step)
-        self._last_logps = None
-        if self._computes_own_loss(rollouts):
-            loss = self._clipped_loss(model, inputs, iteration)
-        else:
-            loss = super()._compute_loss(model, inputs)
-            if self._last_logps is not None:
-                self._observe_delegated_loss(inputs, self._last_logps, iteration)
-        # Where TRL takes no forward for the old policy, it takes each pass for the first; so do we.
-        if rollouts.needs_old_logps(index) and compat.takes_old_policy_forward(self):
-            if self._last_logps is None:
-                raise RuntimeError(
-                    f"{type(self).__name__}._compute_loss did not call _get_per_token_logps_and_entropies, from which "
-                    "the old policy's log-probabilities are taken: set reuse_first_pass_logps=False"
-                )
-            rollouts.set_old_logps(index, self._last_logps)
-        self._last_logps = None
-        self._window_position = 0 if self.accelerator.sync_gradients else self._window_position + 1
-        if index == self.args.steps_per_generation - 1:
-            self._end_pass(iteration)
+    def _foreign_loss(self) -> str | None:
+        """Why the loss is another than the one known here; said once."""
+        reason = compat.foreign_override(self, "compute_loss") or compat.foreign_override(self, "_compute_loss")
+        if reason is None and (options := compat.unknown_loss_options(self)):
+            reason = f"TRL's, with {', '.join(options)}"
+        if reason is not None and reason not in self._reported_losses:
+            self._reported_losses.add(reason)
+            logger.warning(
+                f"The loss is {reason}, which this package does not know: completions without a gradient are computed "
+                "too, rows stay in their micro-batches, and where it may read them the old policy's log-probabilities "
+                "take a forward of their own."
+            )
+        return reason
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        step = compat.step(self)
+        self._has_own_statistics = False
+        with compat.recorded_policy_forwards(self, model) as policy_logps:
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self._rollouts is not None:
+            self._end_micro_batch(self._rollouts, step, policy_logps[0] if policy_logps else None)
         return loss
 
-    def _clipped_loss(self, model: Any, inputs: dict[str, Any], iteration: int) -> torch.Tensor:
+    def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+        rollouts = self._rollouts
+        if not self.model.training or rollouts is None or not self._computes_own_loss(rollouts):
+            loss: torch.Tensor = super()._compute_loss(model, inputs)
+            return loss
+        step = compat.step(self)
+        index = step % self.args.steps_per_generation
+        if inputs is rollouts[index]:
+            inputs = rollouts.trimmed(index)
+        return self._clipped_loss(model, inputs, rollouts, index, rollouts.iteration(step))
+
+    def _clipped_loss(
+        self, model: Any, inputs: dict[str, Any], rollouts: RolloutBuffer, index: int, iteration: int
+    ) -> torch.Tensor:
         mask = loss_mask(inputs)
         per_token_logps, entropies, _ = self._forward(model, inputs, compute_entropy=True)
         old_per_token_logps = inputs.get("old_per_token_logps")
@@ -241,68 +239,89 @@ class MultiIterationMixin(_GRPOTrainer):
             inputs["advantages"],
             mask,
             inputs.get("ref_per_token_logps"),
-            num_rows=self.args.per_device_train_batch_size,
+            num_rows=rollouts.padded_shape[0] if rollouts.is_arranged else None,
             num_tokens=num_tokens,
         )
-        log_ratio = per_token_logps.detach() - old_per_token_logps
-        self._observe(objective_statistics(output, log_ratio, entropies), iteration, is_own_loss=True)
+        statistics = objective_statistics(
+            output,
+            per_token_logps.detach() - old_per_token_logps,
+            self._is_live(inputs),
+            entropies,
+            rollouts.left_out(index),
+            rollouts.is_placeholder(index),
+        )
+        self._pass_statistics.observe(statistics, iteration, replaces_trls=True)
+        self._has_own_statistics = True
         return output.loss if self.loss_type == "dapo" else output.loss / accumulation
 
-    # Metrics
+    def _is_live(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Which rows carry a gradient, `(B,)`: with a KL term all that have a token that counts."""
+        return carries_gradient(inputs) if self.beta == 0.0 else loss_mask(inputs).bool().any(dim=1)
 
-    def _observe(self, statistics: torch.Tensor, iteration: int, is_own_loss: bool) -> None:
-        self._pending_statistics.append((iteration, is_own_loss, statistics))
-        if extension_setting(self.args, "target_kl") is not None:
-            sums = statistics[:2].clone()  # tokens, KL to the old policy
-            self._pass_sums = sums if self._pass_sums is None else self._pass_sums + sums
+    # What follows a micro-batch
 
-    def _observe_delegated_loss(self, inputs: dict[str, Any], per_token_logps: torch.Tensor, iteration: int) -> None:
-        old_per_token_logps = inputs.get("old_per_token_logps")
-        log_ratio = per_token_logps - (per_token_logps if old_per_token_logps is None else old_per_token_logps)
-        clipped = clip_binds(torch.exp(log_ratio), column_advantages(inputs), self.epsilon_low, self.epsilon_high)
-        self._observe(micro_batch_statistics(loss_mask(inputs), log_ratio, *clipped), iteration, is_own_loss=False)
+    def _end_micro_batch(self, rollouts: RolloutBuffer, step: int, policy_logps: torch.Tensor | None) -> None:
+        """Keep the old policy's log-probabilities, look at a loss that was not ours, report, and end a pass.
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and self._pending_statistics:
+        Args:
+            rollouts ([`RolloutBuffer`]):
+                The current rollouts.
+            step (`int`):
+                Number of micro-batches before this one.
+            policy_logps (`torch.Tensor`, *optional*):
+                The policy's log-probabilities with which the loss of this micro-batch was computed, `(B, C)`; `None`
+                if it has not asked for any.
+        """
+        index, iteration = step % self.args.steps_per_generation, rollouts.iteration(step)
+        if not self._has_own_statistics:
+            self._observe_foreign_loss(rollouts[index], policy_logps, iteration)
+        # Where TRL takes no forward for the old policy, it takes each pass for the first; so do we.
+        if rollouts.needs_old_logps(index) and compat.takes_old_policy_forward(self) and policy_logps is not None:
+            rollouts.set_old_logps(index, policy_logps)
+        self._window_position += 1
+        if self.accelerator.sync_gradients:
+            self._window_position = 0
             self._report_statistics()
-        super().log(logs, start_time)
+        if index == self.args.steps_per_generation - 1:
+            self._end_pass(iteration, step)
+
+    def _observe_foreign_loss(self, inputs: dict[str, Any], policy_logps: torch.Tensor | None, iteration: int) -> None:
+        mask = loss_mask(inputs)
+        if policy_logps is None or policy_logps.shape != mask.shape:
+            if extension_setting(self.args, "target_kl") is not None:
+                raise ValueError(
+                    f"target_kl needs the policy's log-probabilities, and the loss of {type(self).__name__} does not "
+                    "take them from _get_per_token_logps_and_entropies: set target_kl=None"
+                )
+            return
+        old_per_token_logps = inputs.get("old_per_token_logps")
+        log_ratio = policy_logps - (policy_logps if old_per_token_logps is None else old_per_token_logps)
+        clipped = clip_binds(torch.exp(log_ratio), column_advantages(inputs), self.epsilon_low, self.epsilon_high)
+        statistics = micro_batch_statistics(mask, log_ratio, *clipped, self._is_live(inputs))
+        self._pass_statistics.observe(statistics, iteration, replaces_trls=False)
 
     def _report_statistics(self) -> None:
-        """Bring the statistics of all processes together, in one call, and hand them to TRL's metrics."""
-        iterations = [iteration for iteration, _, _ in self._pending_statistics]
-        are_own = [is_own_loss for _, is_own_loss, _ in self._pending_statistics]
-        local = torch.stack([statistics for _, _, statistics in self._pending_statistics])
-        self._pending_statistics.clear()
-        gathered = self.accelerator.gather(local.unsqueeze(0)).cpu()  # (processes, micro-batches, fields)
-        for position, is_own_loss in enumerate(are_own):
-            if is_own_loss:
-                metrics = Statistics(gathered[:, position]).of_trl(with_reference=self.beta != 0.0)
-                for name, value in metrics.items():
-                    compat.append_metric(self, name, value)
-        for iteration in sorted(set(iterations)):
-            positions = [position for position, found in enumerate(iterations) if found == iteration]
-            metrics = Statistics(gathered[:, positions].flatten(0, 1)).of_iteration()
-            for name, value in metrics.items():
-                compat.append_metric(self, f"iteration/{iteration}/{name}", value)
-            if iteration == 1 and metrics["clip_ratio"] == 0.0 and not self._has_explained_zeros:
-                self._has_explained_zeros = True
-                logger.warning(
-                    "clip_ratio is 0 on the first pass over a batch of rollouts, and so is the loss without a KL "
-                    "term: that is right. The policy still is the one that sampled, every ratio is 1, and advantages "
-                    "are 0 on average; the gradient is not 0."
-                )
+        """Once an optimizer step, where all processes come by together: `log` may be called by one of them alone."""
+        metrics = self._pass_statistics.report(self.accelerator.gather, with_reference=self.beta != 0.0)
+        for name, value in metrics.items():
+            compat.append_metric(self, name, value)
+        if metrics.get("iteration/1/clip_ratio") == 0.0 and not self._has_explained_zeros:
+            self._has_explained_zeros = True
+            logger.warning(
+                "clip_ratio is 0 on the first pass over a batch of rollouts, and so is the loss without a KL term: "
+                "that is right. The policy still is the one that sampled, every ratio is 1, and advantages are 0 on "
+                "average; the gradient is not 0."
+            )
 
-    # KL stop
-
-    def _end_pass(self, iteration: int) -> None:
+    def _end_pass(self, iteration: int, step: int) -> None:
         """After the last micro-batch of a pass: is there to be another one over these rollouts?"""
         target_kl = extension_setting(self.args, "target_kl")
-        is_last = (compat.step(self) + 1) % (self.args.steps_per_generation * self.num_iterations) == 0
+        sums = self._pass_statistics.end_pass()
+        is_last = (step + 1) % (self.args.steps_per_generation * self.num_iterations) == 0
         stops = False
-        if target_kl is not None:
-            tokens, kl = self.accelerator.reduce(self._pass_sums, reduction="sum").tolist()  # the same on all ranks
-            stops = kl > target_kl * max(tokens, 1.0)
-        self._pass_sums = None
+        if target_kl is not None and sums is not None:
+            tokens, kl = self.accelerator.reduce(sums, reduction="sum").tolist()  # the same on all processes
+            stops = exceeds_target(kl, tokens, target_kl)
         if stops or is_last:
             compat.append_metric(self, "rollouts/iterations_used", float(iteration))
             compat.set_buffered_micro_batches(self, None)
@@ -313,16 +332,39 @@ class MultiIterationMixin(_GRPOTrainer):
         self._train_sampler = super()._get_train_sampler(*args, **kwargs)
         return self._train_sampler
 
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None or has_length(self.train_dataset):
+            return epochs, batches
+        # Of a stream, which has no length, transformers takes all steps for steps of the first epoch. How many batches
+        # of the present one have been taken is in the epoch that it has saved, as a share of all the run's batches.
+        saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        epochs = int(saved.epoch or 0)
+        if not self.args.ignore_data_skip:
+            share = (saved.epoch or 0) - epochs
+            batches = round(share * saved.max_steps * self.args.gradient_accumulation_steps)
+        return epochs, batches
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Before the rest: the trainer's state, which makes a folder a checkpoint, is written last.
         if extension_setting(self.args, "save_rollouts"):
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
+            pass_sums = self._pass_statistics.pass_sums
             state = {
                 "step": compat.step(self),
                 "global_step": self.state.global_step,
-                "settings": self._batch_settings(),
-                "pass_sums": None if self._pass_sums is None else self._pass_sums.tolist(),
+                "settings": self._rollout_settings(),
+                "pass_sums": None if pass_sums is None else pass_sums.tolist(),
             }
             if self._rollouts is None:
                 save_no_rollouts(folder / FOLDER, rank, num_ranks, state)
@@ -336,52 +378,40 @@ class MultiIterationMixin(_GRPOTrainer):
             self._load_rollouts(Path(checkpoint) / FOLDER)
 
     def _load_rollouts(self, folder: Path) -> None:
-        self._pass_sums, self._window_position = None, 0
+        self._pass_statistics, self._window_position = PassStatistics(), 0
         compat.set_buffered_micro_batches(self, None)
         # TRL would count from 0, and then generate in the middle of the passes over a batch of prompts.
         compat.set_step(self, self.state.global_step * self.args.gradient_accumulation_steps)
         # The sampler draws the order of prompts when an epoch begins, each from the generator that the one before has
-        # left. Transformers goes to the place in the epoch, but would go there in the first epoch's order.
-        for _ in range(int(self.state.epoch or 0)):
-            next(iter(self._train_sampler), None)
-        rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
-        found = sorted(folder.glob("rank-*-of-*.*"))
-        if not found:
-            logger.warning(f"There are no rollouts in {folder}: going on with fresh ones.")
-            return
-        of_as_many = sorted(folder.glob(f"rank-*-of-{num_ranks:05d}.*"))
-        if not of_as_many:
-            logger.warning(f"The rollouts in {folder} are of another number of processes: going on with fresh ones.")
-            return
-        rollouts, state = RolloutBuffer.load(folder, rank, num_ranks, self.accelerator.device)
-        if state["global_step"] != self.state.global_step:
-            raise RolloutError(
-                f"{rollout_files(folder, rank, num_ranks)[1]} is of step {state['global_step']}, this checkpoint of "
-                f"step {self.state.global_step}; delete the folder {str(folder)!r} to go on with fresh rollouts"
-            )
-        settings = self._batch_settings()
-        if state["settings"] != settings:
-            changed = {
-                name: (value, settings.get(name))
-                for name, value in state["settings"].items()
-                if value != settings.get(name)
-            }
-            logger.warning(f"Batch settings changed since the checkpoint ({changed}): going on with fresh rollouts.")
+        # left. Transformers goes to the place in the epoch, but would go there in the first epoch's order. A stream
+        # has no sampler: its order depends on the number of the epoch alone.
+        if self._train_sampler is not None:
+            for _ in range(int(self.state.epoch or 0)):
+                next(iter(self._train_sampler), None)
+        rollouts, state, why_not = load_matching_rollouts(
+            folder,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.accelerator.device,
+            global_step=self.state.global_step,
+            settings=self._rollout_settings(),
+        )
+        # All processes generate, or none does.
+        if not self._is_so_everywhere(state is not None) or state is None:
+            logger.warning(f"{why_not or 'Another process has no rollouts'}: going on with fresh ones.")
             return
         compat.set_step(self, state["step"])
         compat.set_buffered_micro_batches(self, rollouts)
         if state["pass_sums"] is not None:
-            self._pass_sums = torch.tensor(state["pass_sums"], device=self.accelerator.device)
+            self._pass_statistics.pass_sums = torch.tensor(state["pass_sums"], device=self.accelerator.device)
 
-    def _batch_settings(self) -> dict[str, int]:
-        """The settings on which the shape of the rollouts depends."""
+    def _rollout_settings(self) -> dict[str, Any]:
+        """All on which the rows of the current rollouts depend, to be compared when a run is resumed."""
         return {
-            name: getattr(self.args, name)
-            for name in (
-                "per_device_train_batch_size",
-                "gradient_accumulation_steps",
-                "steps_per_generation",
-                "num_iterations",
-                "num_generations",
-            )
+            **rollout_settings(self.args),
+            "rewards": ", ".join(self.reward_func_names),
+            "weights of the rewards": self.reward_weights.tolist(),
+            "loss": compat.foreign_override(self, "compute_loss")
+            or compat.foreign_override(self, "_compute_loss")
+            or "TRL's",
         }

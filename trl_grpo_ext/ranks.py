@@ -107,9 +107,10 @@ class BoundCollectiveCalls(TrainerCallback):
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
+        from .compat import bound_collective_calls  # here, because it imports TRL, and ranks that only end need not
+
         if distributed.is_initialized():
-            for group in list(distributed.distributed_c10d._world.pg_map):
-                distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=args.ddp_timeout), group)
+            bound_collective_calls(timedelta(seconds=args.ddp_timeout))
 
 
 def is_lost_connection(error: BaseException) -> bool:

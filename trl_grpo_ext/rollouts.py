@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,8 +13,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .metrics import LeftOut
 
-FORMAT = 1
+
+FORMAT = 2
 FOLDER = "rollouts"
 
 MicroBatch = dict[str, Any]
@@ -40,8 +42,9 @@ class RolloutBuffer(Sequence[MicroBatch]):
     Attributes:
         has_only_text (`bool`):
             Whether each value is a tensor with an entry a row, so that rows can be moved (images have other shapes).
-        num_skipped (`int`):
-            Rows that [`~RolloutBuffer.arrange`] has left out.
+            Where other processes have images it is set to `False` here too.
+        is_arranged (`bool`):
+            Whether [`~RolloutBuffer.arrange`] has dealt the rows out anew.
         padded_shape (`tuple[int, int]`):
             Rows and tokens of a row, padding included, of a micro-batch as TRL made it.
     """
@@ -49,7 +52,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
     def __init__(self, micro_batches: Sequence[MicroBatch], start_step: int = 0) -> None:
         self._micro_batches = [dict(micro_batch) for micro_batch in micro_batches]
         self.start_step = start_step
-        self.num_skipped = 0
+        self.is_arranged = False
         self.has_only_text = all(
             isinstance(value, torch.Tensor) and (value.ndim == 0 or value.size(0) == _num_rows(micro_batch))
             for micro_batch in self._micro_batches
@@ -58,6 +61,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
         first = self._micro_batches[0]
         self.padded_shape = (_num_rows(first), first["prompt_ids"].size(1) + first["completion_ids"].size(1))
         self._empty: set[int] = set()  # micro-batches that hold a placeholder
+        self._left_out: dict[int, LeftOut] = {}  # by the first micro-batch of the optimizer step they belong to
         self._used_widths: dict[int, int] = {}  # found once, because it costs a device synchronization
 
     def __len__(self) -> int:
@@ -95,6 +99,19 @@ class RolloutBuffer(Sequence[MicroBatch]):
         """How many micro-batches are trained on between the generation and the first pass of micro-batch `index`."""
         return (index - self.start_step) % len(self)
 
+    @property
+    def num_skipped(self) -> int:
+        """Rows that [`~RolloutBuffer.arrange`] has left out."""
+        return sum(left_out.rows for left_out in self._left_out.values())
+
+    def left_out(self, index: int) -> LeftOut:
+        """The rows that were left out of micro-batch `index`."""
+        return self._left_out.get(index, LeftOut())
+
+    def is_placeholder(self, index: int) -> bool:
+        """Whether micro-batch `index` got no row, and holds something to compute in place of one."""
+        return index in self._empty
+
     # Old policy
 
     def needs_old_logps(self, index: int) -> bool:
@@ -125,13 +142,16 @@ class RolloutBuffer(Sequence[MicroBatch]):
                 Bring the rows of a prompt together, for a forward that computes the prompt once; no micro-batch gets
                 more tokens than one had with padding. Otherwise micro-batches get equally many rows.
         """
+        self.is_arranged = True
         for start in range(0, len(self), window):
             micro_batches = self._micro_batches[start : start + window]
             rows = _concatenate(micro_batches)
             order = torch.arange(_num_rows(rows))
             if skip_zero_advantage:
-                order = carries_gradient(rows).nonzero().flatten().cpu()
-                self.num_skipped += _num_rows(rows) - len(order)
+                is_live = carries_gradient(rows).cpu()
+                order = is_live.nonzero().flatten()
+                tokens = loss_mask(rows).sum(1).cpu()[~is_live]
+                self._left_out[start] = LeftOut(len(tokens), int((tokens > 0).sum()), int(tokens.sum()))
             self._deal(rows, order, range(start, start + len(micro_batches)), by_prompt)
 
     def shuffle(self, window: int, *, by_prompt: bool) -> None:
@@ -182,7 +202,9 @@ class RolloutBuffer(Sequence[MicroBatch]):
         content = {
             "format": FORMAT,
             "start_step": self.start_step,
-            "num_skipped": self.num_skipped,
+            "has_only_text": self.has_only_text,
+            "is_arranged": self.is_arranged,
+            "left_out": {index: asdict(left_out) for index, left_out in self._left_out.items()},
             "padded_shape": self.padded_shape,
             "empty": sorted(self._empty),
             "micro_batches": others,
@@ -211,7 +233,9 @@ class RolloutBuffer(Sequence[MicroBatch]):
             index, _, key = name.partition(".")
             micro_batches[int(index)][key] = tensor.to(device)
         buffer = cls(micro_batches, content["start_step"])
-        buffer.num_skipped = content["num_skipped"]
+        buffer.has_only_text = content["has_only_text"]
+        buffer.is_arranged = content["is_arranged"]
+        buffer._left_out = {int(index): LeftOut(**left_out) for index, left_out in content["left_out"].items()}
         buffer.padded_shape = tuple(content["padded_shape"])
         buffer._empty = set(content["empty"])
         return buffer, content
@@ -344,6 +368,51 @@ def _empty_row(rows: MicroBatch) -> MicroBatch:
 
 
 # Files
+
+
+def load_matching_rollouts(
+    folder: Path,
+    rank: int,
+    num_ranks: int,
+    device: torch.device,
+    *,
+    global_step: int,
+    settings: dict[str, Any],
+) -> tuple[RolloutBuffer | None, dict[str, Any] | None, str | None]:
+    """The rollouts of a checkpoint, if a run with these settings can go on with them.
+
+    Args:
+        folder (`Path`), rank (`int`), num_ranks (`int`), device (`torch.device`):
+            Where they lie, the process, and where to put them.
+        global_step (`int`):
+            Optimizer steps of the checkpoint.
+        settings (`dict`):
+            All on which the rows depend, of JSON's types; to be compared with the state's entry `settings`.
+
+    Returns:
+        `tuple[RolloutBuffer | None, dict | None, str | None]`:
+            The rollouts (`None` also where there were none between two generations), what else was kept, and why
+            there is neither.
+
+    Raises:
+        RolloutError: If a file is damaged, missing, or of another checkpoint.
+    """
+    if not any(folder.glob("rank-*-of-*.*")):
+        return None, None, f"There are no rollouts in {folder}"
+    if not any(folder.glob(f"rank-*-of-{num_ranks:05d}.*")):
+        return None, None, f"The rollouts in {folder} are of another number of processes"
+    rollouts, state = RolloutBuffer.load(folder, rank, num_ranks, device)
+    if state["global_step"] != global_step:
+        raise RolloutError(
+            f"{rollout_files(folder, rank, num_ranks)[1]} is of step {state['global_step']}, this checkpoint of step "
+            f"{global_step}; delete the folder {str(folder)!r} to go on with fresh rollouts"
+        )
+    before = state["settings"]
+    changed = [name for name in sorted(before.keys() | settings.keys()) if before.get(name) != settings.get(name)]
+    if changed:
+        changes = ", ".join(f"{name}: {before.get(name)!r} to {settings.get(name)!r}" for name in changed)
+        return None, None, f"Settings on which the rollouts depend have changed since the checkpoint ({changes})"
+    return rollouts, state, None
 
 
 def rollout_files(folder: str | os.PathLike[str], rank: int, num_ranks: int) -> tuple[Path, Path]:

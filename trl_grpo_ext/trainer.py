@@ -1,19 +1,26 @@
 """`GRPOExtTrainer`: the mixins on TRL's trainer, ready made."""
 
+import inspect
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from trl import GRPOTrainer
+import torch
+from trl import GRPOConfig, GRPOTrainer
 
 from .checkpoints import WholeCheckpointsMixin
-from .config import GRPOExtConfig
+from .config import GRPOExtConfig, extension_setting
 from .iterations import MultiIterationMixin
+from .rewards.audit import check_references
+from .rewards.bundle import RewardBundle, refuse_what_is_no_reward
 from .shared_prefix import SharedPrefixMixin
 
 
 class GRPOExtTrainer(WholeCheckpointsMixin, MultiIterationMixin, SharedPrefixMixin, GRPOTrainer):
     """`trl.GRPOTrainer` with multi-iteration clipping, a shared prefix, and checkpoints that are whole or not there.
 
-    Arguments are the same, with a [`GRPOExtConfig`] for `args`.
+    Arguments are the same, in the same order, with a [`GRPOExtConfig`] for `args`. Besides, it knows the rewards of
+    this package: the weights of a [`RewardBundle`] are taken from it (and `args.reward_weights` must not contradict
+    them), and the answer rewards must be able to grade the data sets' first rows, see [`check_references`].
 
     Example:
     ```python
@@ -28,9 +35,62 @@ class GRPOExtTrainer(WholeCheckpointsMixin, MultiIterationMixin, SharedPrefixMix
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "trl_grpo_ext"]
+    reward_weights: torch.Tensor
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, **kwargs: Any) -> None:
+    def __init__(self, *positional: Any, **named: Any) -> None:
+        signature = inspect.signature(GRPOTrainer.__init__)
+        others = {name: named.pop(name) for name in [*named] if name not in signature.parameters}  # of other classes
+        given = signature.bind(self, *positional, **named).arguments
+        del given["self"]
+        model, reward_funcs, args = given["model"], given.get("reward_funcs"), given.get("args")
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
+            name = model if isinstance(model, str) else model.config.name_or_path
             args = GRPOExtConfig(f"{str(name).rstrip('/').split('/')[-1] or 'model'}-GRPO")
-        super().__init__(model, reward_funcs, args=args, **kwargs)
+        reward_weights = weights_of(reward_funcs, args.reward_weights)
+        check_rewards(reward_funcs, args, given)
+        if isinstance(reward_funcs, RewardBundle | tuple):
+            reward_funcs = list(reward_funcs)  # TRL writes into its list: reward models, an environment's own reward
+        given.update(reward_funcs=reward_funcs, args=args)
+        super().__init__(**given, **others)
+        if reward_weights is not None:
+            # An environment's own reward has come after the bundle's, and keeps the weight that TRL gives it.
+            weights_of_others = self.reward_weights[len(reward_weights) :]
+            self.reward_weights = torch.cat([self.reward_weights.new_tensor(reward_weights), weights_of_others])
+
+    __init__.__signature__ = inspect.signature(GRPOTrainer.__init__)  # type: ignore[attr-defined]
+
+
+def weights_of(reward_funcs: Any, reward_weights: list[float] | None) -> list[float] | None:
+    """The weights of a bundle where the arguments name none; `None` where TRL needs to be told nothing.
+
+    Raises:
+        ValueError: If `reward_weights` has another length than the bundle, or other values than were set in it.
+    """
+    if not isinstance(reward_funcs, RewardBundle):
+        return None
+    if reward_weights is None:
+        return reward_funcs.weights
+    remedy = "leave args.reward_weights out, and set weights with the bundle's with_weights"
+    if len(reward_weights) != len(reward_funcs):
+        raise ValueError(
+            f"args.reward_weights has {len(reward_weights)} weights for the {len(reward_funcs)} rewards of "
+            f"{reward_funcs!r}: {remedy}"
+        )
+    if reward_funcs.has_own_weights and list(map(float, reward_weights)) != reward_funcs.weights:
+        raise ValueError(f"args.reward_weights={reward_weights!r} contradicts {reward_funcs!r}: {remedy}")
+    return None
+
+
+def check_rewards(reward_funcs: Any, args: GRPOConfig, given: Mapping[str, Any]) -> None:
+    """Raise unless the rewards are some, and can grade the data sets. `given` are the arguments by name."""
+    rewards = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    for reward_func in rewards:
+        refuse_what_is_no_reward(reward_func)
+    if not extension_setting(args, "check_references"):
+        return
+    may_lack_column = given.get("rollout_func") is not None  # it can add columns
+    check_references(rewards, given.get("train_dataset"), may_lack_column=may_lack_column)
+    if args.eval_strategy != "no":
+        eval_datasets = given.get("eval_dataset")
+        for dataset in eval_datasets.values() if isinstance(eval_datasets, Mapping) else [eval_datasets]:
+            check_references(rewards, dataset, dataset_name="eval_dataset", may_lack_column=may_lack_column)

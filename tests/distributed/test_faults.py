@@ -100,10 +100,9 @@ def wait_until(condition, seconds: float, process: subprocess.Popen[str] | None 
 def test_ranks_end_with_their_launcher(policy, tmp_path):
     """A launcher that is killed cannot end its processes: they would train on, next to the run that is resumed."""
     settings = write_settings(tmp_path, "out", policy=policy, options={"bf16": False}, stay_at=1)
+    command = [*launcher("ddp_cpu.yaml", is_warm=False), *settings]  # what is forked is not the launcher's child
     with (tmp_path / "stderr").open("w") as stderr:
-        process = subprocess.Popen(
-            [*launcher("ddp_cpu.yaml"), *settings], stdout=subprocess.DEVNULL, stderr=stderr, cwd=ROOT, text=True
-        )
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, cwd=ROOT, text=True)
         pid_files = [tmp_path / "out" / f"rank-{rank}.pid" for rank in (0, 1)]
         try:
             wait_until(lambda: all(file.is_file() and file.read_text() for file in pid_files), 120, process)

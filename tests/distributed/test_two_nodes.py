@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import launcher, ran_on, run_canned
+from launch import ENVIRONMENT, launcher, ran_on, run_canned, warm_python
 from test_faults import BOUND_S, OPTIONS, assert_same_end
 
 from trl_grpo_ext.checkpoints import whole_checkpoints
@@ -36,11 +36,13 @@ def two_nodes():
     ("config", "stage", "cuts_cable"), [("multi_node.yaml", 2, True), ("zero3_cpu.yaml", 3, False)]
 )
 def test_two_nodes(two_nodes, policy, tmp_path, config, stage, cuts_cable):
+    warm_python()  # one for both nodes
     run = {"policy": policy, "options": {**OPTIONS, "ddp_timeout": TIMEOUT_S}}
     settings = {"config": config, "run": run, "output_dir": str(tmp_path / "nodes"), "cuts_cable": cuts_cable}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     result = subprocess.run(
         [*two_nodes, sys.executable, str(HERE / "two_nodes.py"), str(tmp_path / "settings.json")],
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=500,

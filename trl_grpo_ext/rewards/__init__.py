@@ -5,15 +5,17 @@ Every reward follows TRL's calling convention: keyword arguments in (`prompts`, 
 completion may be a string, a list of messages or `None`. No text makes a reward raise, hang or go quadratic.
 """
 
-from .audit import AuditReport, AuditRow, audit
+from .audit import AuditReport, AuditRow, audit, check_references
 from .bundle import RewardBundle, gsm8k_bundle, tag_bundle
 from .correctness import (
     correctness_reward_func,
     exact_correctness_reward_func,
     get_correctness_reward,
     get_exact_correctness_reward,
+    is_reference_number,
     numerically_equal,
     parse_number,
+    parse_plain_number,
 )
 from .extract import extract_hash_answer, extract_last_number, extract_tagged_answer, extract_xml_answer
 from .format import (
@@ -28,6 +30,7 @@ from .format import (
     strict_format_reward_func,
     xmlcount_reward_func,
 )
+from .references import reference_to_text
 from .text import completion_to_text
 
 
@@ -36,6 +39,7 @@ __all__ = [
     "AuditRow",
     "RewardBundle",
     "audit",
+    "check_references",
     "completion_to_text",
     "correctness_reward_func",
     "exact_correctness_reward_func",
@@ -53,8 +57,11 @@ __all__ = [
     "get_xmlcount_reward",
     "gsm8k_bundle",
     "int_reward_func",
+    "is_reference_number",
     "numerically_equal",
     "parse_number",
+    "parse_plain_number",
+    "reference_to_text",
     "soft_format_reward_func",
     "strict_format_reward_func",
     "tag_bundle",

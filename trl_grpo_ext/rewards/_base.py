@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from .text import completion_to_text
@@ -9,7 +10,7 @@ from .text import completion_to_text
 
 def check_score(reward: str, option: str, value: float) -> None:
     """Raise `ValueError` unless `value` is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{reward}: {option} must be a finite number, got {value!r}")
 
 

@@ -1,11 +1,22 @@
-"""Do a data set's own references get full marks? Where they do not, a reward is grading the right answer as wrong."""
+"""Do a data set's own references get full marks? Where they do not, a reward is grading the right answer as wrong.
+
+[`check_references`] asks it of the first rows, before training; [`audit`] of all of them, with their solutions.
+"""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from .bundle import RewardBundle, reward_name
+from .correctness import AnswerReward, CorrectnessReward, parse_plain_number
+from .references import is_missing, reference_to_text
+
+
+# As many rows with a reference are checked, and as many are gone through to find them.
+ROWS_CHECKED = 8
+ROWS_READ = 256
 
 
 @dataclass(frozen=True)
@@ -31,11 +42,15 @@ class AuditReport:
             For each reward, how many rows' references got full marks.
         failures (`list[AuditRow]`):
             One entry for each row and reward without full marks, in the rows' order.
+        not_numbers (`dict[str, list[int]]`):
+            For each answer column whose references are compared as numbers, the rows with a reference that is no plain
+            number: there an answer is right only character for character.
     """
 
     rows: int
     passed: dict[str, int]
     failures: list[AuditRow]
+    not_numbers: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def rows_with_full_marks(self) -> int:
@@ -88,6 +103,7 @@ def audit(
     columns = {key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
     passed: dict[str, int] = {}
     failures: list[AuditRow] = []
+    not_numbers: dict[str, list[int]] = {}
     for reward_func in RewardBundle(bundle):
         name = reward_name(reward_func)
         full = (full_marks or {}).get(name, getattr(reward_func, "full_marks", None))
@@ -105,5 +121,111 @@ def audit(
         ]
         passed[name] = len(rows) - len(missed)
         failures += missed
+        if isinstance(reward_func, CorrectnessReward):
+            references = map(reference_to_text, columns[reward_func.answer_column])
+            not_numbers[reward_func.answer_column] = [
+                index
+                for index, reference in enumerate(references)
+                if reference is not None and parse_plain_number(reference) is None
+            ]
     failures.sort(key=lambda failure: failure.row)
-    return AuditReport(len(rows), passed, failures)
+    return AuditReport(len(rows), passed, failures, not_numbers)
+
+
+def check_references(
+    reward_funcs: Any,
+    dataset: Iterable[Mapping[str, Any]] | None,
+    *,
+    dataset_name: str = "train_dataset",
+    may_lack_column: bool = False,
+) -> None:
+    """Raise unless the answer rewards of this package can grade a data set: a look at its first rows.
+
+    Each reward must find its answer column, and give a completion with the row's own reference in its tag full marks.
+    [`GRPOExtTrainer`] does this when it is made; with TRL's own trainer, call it before. Rewards that are not of this
+    package are not looked at.
+
+    Args:
+        reward_funcs (`RewardBundle`, `list` or a reward):
+            What is passed to the trainer.
+        dataset (`datasets.Dataset`, `datasets.IterableDataset`, an iterable of dicts or `None`):
+            The rows. Nothing is checked where there is no data set. A stream is read from its beginning, and is
+            afterwards where it was before.
+        dataset_name (`str`, *optional*, defaults to `"train_dataset"`):
+            What the message calls it.
+        may_lack_column (`bool`, *optional*, defaults to `False`):
+            Whether the column may come from elsewhere (a `rollout_func` can add some).
+
+    Raises:
+        ValueError: If a column is missing, no row has a reference, or a reference does not get full marks. Rows
+            without a reference are legal beside others: they are not scored.
+        TypeError: If `dataset` is an iterator, which looking at would use up.
+    """
+    if not isinstance(reward_funcs, list | tuple):
+        reward_funcs = [reward_funcs]
+    answer_rewards = [reward_func for reward_func in reward_funcs if isinstance(reward_func, AnswerReward)]
+    if not answer_rewards or dataset is None:
+        return
+    if isinstance(dataset, Iterator):
+        raise TypeError(f"{dataset_name} is an iterator, which looking at would use up: pass a list or a data set")
+    if not hasattr(dataset, "__len__") and hasattr(dataset, "take"):
+        dataset = dataset.take(ROWS_READ)  # a stream of its own: the data set's place does not change
+    rows: list[Mapping[str, Any]] = []
+    num_references = 0
+    for row in islice(dataset, ROWS_READ):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"{dataset_name} gives {_describe(row)} where a row, a dict, is expected: choose a split")
+        rows.append(row)
+        num_references += any(not is_missing(row.get(reward_func.answer_column)) for reward_func in answer_rewards)
+        if num_references == ROWS_CHECKED:
+            break
+    if not rows:
+        raise ValueError(f"{dataset_name} has no rows")
+    for reward_func in answer_rewards:
+        _check_rows(reward_func, rows, dataset_name, may_lack_column)
+
+
+def _check_rows(
+    reward_func: AnswerReward, rows: list[Mapping[str, Any]], dataset_name: str, may_lack_column: bool
+) -> None:
+    name, column = reward_func.name, reward_func.answer_column
+    other_column = "or name another one with the answer_column option of the reward's factory"
+    num_scored = 0
+    for index, row in enumerate(rows):
+        if column not in row:
+            if may_lack_column:
+                return
+            raise ValueError(
+                f"{name} compares answers with the column {column!r}, which row {index} of {dataset_name} does not "
+                f"have (its columns are {', '.join(sorted(row))}): add it, {other_column}"
+            )
+        if is_missing(row[column]):
+            continue
+        reference = reference_to_text(row[column])
+        if reference is None:
+            raise ValueError(
+                f"{name} cannot compare answers with row {index} of {dataset_name}, column {column!r}: it holds "
+                f"{_describe(row[column])} and must hold a text or a number; change the column, {other_column}"
+            )
+        columns: dict[str, Any] = {column: [row[column]]}
+        (score,) = reward_func(completions=[reward_func.answer_in_tag(reference)], **columns)
+        if score is None or not math.isclose(score, reward_func.full_marks, rel_tol=1e-9):
+            raise ValueError(
+                f"{name} gives row {index} of {dataset_name} {score} of {reward_func.full_marks:g} for its own "
+                f"reference, {_describe(reference)} in column {column!r}: a reference is the bare answer, without "
+                f"tags; change the column, {other_column}"
+            )
+        num_scored += 1
+    if num_scored == 0 and not may_lack_column:
+        raise ValueError(
+            f"{name} compares answers with the column {column!r}, which is empty in each of the first {len(rows)} "
+            f"rows of {dataset_name}, so that none would be scored: fill it, {other_column}"
+        )
+
+
+def _describe(value: Any) -> str:
+    """A value for a message: its kind and its beginning, on one line."""
+    text = value if isinstance(value, str) else str(value)
+    text = " ".join(text.split())
+    text = text if len(text) <= 60 else f"{text[:60]}..."
+    return repr(text) if isinstance(value, str) else f"a {type(value).__name__} ({text})"

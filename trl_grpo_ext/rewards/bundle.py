@@ -4,11 +4,17 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from types import FunctionType
 from typing import Any, SupportsIndex, TypeAlias, overload
 
 from .correctness import correctness_reward_func
 from .format import (
     format_reward_func,
+    get_int_reward,
+    get_soft_format_reward,
+    get_strict_format_reward,
+    get_xmlcount_reward,
     int_reward_func,
     soft_format_reward_func,
     strict_format_reward_func,
@@ -25,7 +31,7 @@ def reward_name(reward_func: Any) -> str:
     if isinstance(reward_func, str):
         return os.path.basename(reward_func.rstrip("/"))
     if _is_model(reward_func):
-        return os.path.basename(str(reward_func.config._name_or_path).rstrip("/")) or type(reward_func).__name__
+        return os.path.basename(str(reward_func.config.name_or_path).rstrip("/")) or type(reward_func).__name__
     while not hasattr(reward_func, "__name__") and hasattr(reward_func, "func"):  # functools.partial
         reward_func = reward_func.func
     return getattr(reward_func, "__name__", type(reward_func).__name__)
@@ -35,25 +41,37 @@ def _is_model(reward_func: Any) -> bool:
     return hasattr(reward_func, "forward") and hasattr(reward_func, "config")
 
 
+def refuse_what_is_no_reward(reward_func: Any) -> None:
+    """Raise `TypeError` for what is easily put in the place of a reward: a function that makes some, or a bundle."""
+    # The rewards of this package are no plain functions, whatever else it has is.
+    if isinstance(reward_func, FunctionType) and (reward_func.__module__ or "").startswith(f"{__package__}."):
+        name = reward_func.__name__
+        raise TypeError(f"{name} is no reward itself: pass what it makes when it is called, {name}()")
+    if isinstance(reward_func, RewardBundle):
+        raise TypeError(f"{reward_func!r} stands inside a list of rewards: pass `bundle + [other_reward]`")
+
+
 class RewardBundle(list):
     """A list of reward functions that knows the name and the weight of each.
 
-    It is a list so that it can be passed as `reward_funcs` wherever TRL takes one, next to
-    `GRPOConfig(reward_weights=bundle.weights)`. Weight 0 makes a reward a metric: computed and logged, not trained on.
+    It is a list so that it can be passed as `reward_funcs` wherever TRL takes one. [`GRPOExtTrainer`] takes the
+    weights as well; TRL's own trainer is told them with `GRPOConfig(reward_weights=bundle.weights)`. Weight 0 makes a
+    reward a metric: computed and logged, not trained on.
 
     A bundle does not change. `+`, [`~RewardBundle.with_weights`] and [`~RewardBundle.select`] return new ones, and
     what would change a list in place raises `TypeError`. One write is let through because TRL cannot do without it:
     the trainer puts the loaded model where the id of a reward model stood. That model is kept in the list alone (and
-    in the list of a sum); names, weights, comparisons, copies and selections still go by the id.
+    in the list of a sum); names, weights, comparisons, copies and selections still go by the id. TRL's own trainer
+    also appends the reward that an environment has: pass it `list(bundle)`, as `GRPOExtTrainer` does.
 
     Args:
         reward_funcs (`Iterable`, *optional*):
             Reward functions, ids of reward models, or reward models.
         weights (`Iterable[float]`, *optional*):
-            One weight for each; 1.0 for all where left out, and where `reward_funcs` is a bundle, that bundle's.
+            One weight for each; where left out 1.0 for all, or where `reward_funcs` is a bundle, that bundle's.
 
     Raises:
-        TypeError: If a reward function is none of the three.
+        TypeError: If a reward function is none of the three, or a function that makes one.
         ValueError: If two have the same name (their metrics would be mixed), or the weights do not fit.
 
     Example:
@@ -74,15 +92,20 @@ class RewardBundle(list):
     _declared: tuple[RewardFunction, ...]
     _names: tuple[str, ...]
     _weights: tuple[float, ...]
+    _has_own_weights: bool
 
     def __init__(self, reward_funcs: Iterable[RewardFunction] = (), weights: Iterable[float] | None = None) -> None:
         if isinstance(reward_funcs, RewardBundle):
-            weights = reward_funcs.weights if weights is None else weights
+            if weights is None and reward_funcs._has_own_weights:
+                weights = reward_funcs._weights
             reward_funcs = reward_funcs._declared
+        else:
+            refuse_what_is_no_reward(reward_funcs)
         if isinstance(reward_funcs, str) or not isinstance(reward_funcs, Iterable):
             raise TypeError(f"reward_funcs must be a list of reward functions, got {reward_funcs!r}")
         declared = tuple(reward_funcs)
         for reward_func in declared:
+            refuse_what_is_no_reward(reward_func)
             if not (isinstance(reward_func, str) and reward_func) and not callable(reward_func):
                 raise TypeError(f"a reward must be a function, a model or a model's id, got {reward_func!r}")
         names = tuple(map(reward_name, declared))
@@ -92,11 +115,12 @@ class RewardBundle(list):
                     f"two rewards of this bundle are called {name!r} and would be logged as one; leave one out with "
                     "`select`, or make it with another name (`name=` of its factory)"
                 )
+        self._has_own_weights = weights is not None
         weights = (1.0,) * len(declared) if weights is None else tuple(weights)
         if len(weights) != len(declared):
-            raise ValueError(f"{len(declared)} rewards need as many weights, got {len(weights)}")
+            raise ValueError(f"got {len(weights)} for {len(declared)} rewards, each of which needs a weight")
         for name, weight in zip(names, weights, strict=True):
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
                 raise ValueError(f"the weight of {name!r} must be a finite number, got {weight!r}")
         super().__init__(declared)
         self._declared = declared
@@ -112,6 +136,11 @@ class RewardBundle(list):
     def weights(self) -> list[float]:
         """The rewards' weights, for `GRPOConfig(reward_weights=...)`. A new list at each call."""
         return list(self._weights)
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether the weights were set, and are not 1.0 for all because nobody said anything."""
+        return self._has_own_weights
 
     def with_weights(self, weights: Mapping[str, float] | None = None, /, **named_weights: float) -> "RewardBundle":
         """The same rewards with other weights.
@@ -139,8 +168,12 @@ class RewardBundle(list):
         Raises:
             ValueError: If a name is not in the bundle; the message gives the nearest one.
         """
-        indices = [self._index_of(name) for name in names]
-        return RewardBundle([self._declared[i] for i in indices], [self._weights[i] for i in indices])
+        return self._part([self._index_of(name) for name in names])
+
+    def _part(self, indices: Iterable[int]) -> "RewardBundle":
+        indices = list(indices)
+        weights = [self._weights[index] for index in indices] if self._has_own_weights else None
+        return RewardBundle([self._declared[index] for index in indices], weights)
 
     def _index_of(self, name: str) -> int:
         if name in self._names:
@@ -153,7 +186,9 @@ class RewardBundle(list):
         if not isinstance(other, list | tuple):
             return NotImplemented
         other = other if isinstance(other, RewardBundle) else RewardBundle(other)
-        total = RewardBundle(self._declared + other._declared, self._weights + other._weights)
+        has_own_weights = self._has_own_weights or other._has_own_weights
+        weights = self._weights + other._weights if has_own_weights else None
+        total = RewardBundle(self._declared + other._declared, weights)
         # The trainer goes through the sum of its rewards and its tools: the models it has loaded must be in there.
         for index, reward_func in enumerate([*self, *other]):
             list.__setitem__(total, index, reward_func)
@@ -173,7 +208,7 @@ class RewardBundle(list):
     def __getitem__(self, index: slice) -> "RewardBundle": ...
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return RewardBundle(self._declared[index], self._weights[index])
+            return self._part(range(*index.indices(len(self._declared))))
         return super().__getitem__(index)
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -206,24 +241,39 @@ class RewardBundle(list):
     __hash__ = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RewardBundle, (self._declared, self._weights)
+        return RewardBundle, (self._declared, self._weights if self._has_own_weights else None)
 
     def __repr__(self) -> str:
         rewards = ", ".join(f"{name}={weight:g}" for name, weight in zip(self._names, self._weights, strict=True))
         return f"RewardBundle({rewards})"
 
 
-def gsm8k_bundle() -> RewardBundle:
-    """The five rewards of the GSM8K notebooks: XML count, soft and strict format, integer, correctness."""
-    return RewardBundle(
-        [
-            xmlcount_reward_func,
-            soft_format_reward_func,
-            strict_format_reward_func,
-            int_reward_func,
-            correctness_reward_func,
+def gsm8k_bundle(*, as_in_notebooks: bool = False) -> RewardBundle:
+    """The five rewards of the GSM8K notebooks: XML count, soft and strict format, integer, correctness.
+
+    By default three quirks of them are mended, so that GSM8K's own solutions get full marks and no reward depends on
+    the length of a right answer: the XML count does not charge a text without a final line break for its whole length,
+    a text scores alike whether it ends in a line break or not, and integers may have a sign and thousands commas.
+
+    Args:
+        as_in_notebooks (`bool`, *optional*, defaults to `False`):
+            Keep the quirks: the functions that are importable under the same names (`xmlcount_reward_func`, ...),
+            which score as the notebooks' do.
+
+    Returns:
+        `RewardBundle`:
+            The rewards, under the same names in either case.
+    """
+    if as_in_notebooks:
+        layout = [xmlcount_reward_func, soft_format_reward_func, strict_format_reward_func, int_reward_func]
+    else:
+        layout = [
+            get_xmlcount_reward(final_newline_penalty=False),
+            get_soft_format_reward(final_newline=True),
+            get_strict_format_reward(final_newline=True),
+            get_int_reward(signs_and_commas=True),
         ]
-    )
+    return RewardBundle([*layout, correctness_reward_func])
 
 
 def tag_bundle() -> RewardBundle:

@@ -1,15 +1,17 @@
 """Rewards for the answer: is it the reference's, character for character or as a number?"""
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from itertools import islice
+from numbers import Rational
 from typing import Any
 
 from ._base import Reward, check_score, check_tag
-from .extract import NUMBER, extract_tagged_answer, extract_xml_answer
+from .extract import CURRENCY, NUMBER, extract_tagged_answer, extract_xml_answer
+from .references import number_to_text, reference_to_text
 from .text import completion_to_text
 
 
@@ -17,8 +19,12 @@ from .text import completion_to_text
 MAX_DIGITS = 1000
 MAX_EXPONENT = 1000
 
+# A text that is a number and nothing else. What LaTeX puts around it (`\boxed{}`, `$...$`) is taken off beforehand.
+PLAIN_NUMBER = re.compile(rf"(?:{CURRENCY}[ ]?)?{NUMBER.pattern}(?:[ ]?(?:\\?%|{CURRENCY}))?\.?", re.VERBOSE)
+LATEX_WRAPPERS = (("\\boxed{", "}"), ("\\(", "\\)"), ("$", "$"))
 
-def parse_number(text: str | int | float | None) -> Fraction | None:
+
+def parse_number(text: str | float | Decimal | Rational | None) -> Fraction | None:
     r"""The one number that a text denotes, exactly, or `None` if it denotes none or several.
 
     Understood are signs (also the Unicode minus), thousands commas (`1,080`), currency signs, `%` (ignored: GSM8K says
@@ -26,22 +32,45 @@ def parse_number(text: str | int | float | None) -> Fraction | None:
     (`3/4`, `\frac{3}{4}`), and words, units or `\boxed{...}` around the number.
 
     Args:
-        text (`str`, `int`, `float` or `None`):
-            The text, or a number from a data set's column.
+        text (`str`, a number or `None`):
+            The text, or a number of any kind (Python's, `Decimal`, numpy's).
 
     Returns:
         `Fraction` or `None`:
             The number; `None` also for a denominator of 0, more than `MAX_DIGITS` digits or an exponent beyond
             `MAX_EXPONENT`. Never raises, and takes time linear in the text's length.
     """
-    if isinstance(text, float):
-        text = repr(text) if math.isfinite(text) else None
-    elif isinstance(text, int):
-        return Fraction(text)
+    if isinstance(text, Rational):
+        return Fraction(int(text.numerator), int(text.denominator))
     if not isinstance(text, str):
-        return None
+        text = number_to_text(text)
+        if text is None:
+            return None
     numbers = list(islice(NUMBER.finditer(text), 2))
     return _match_to_fraction(numbers[0]) if len(numbers) == 1 else None
+
+
+def parse_plain_number(text: str) -> Fraction | None:
+    r"""The number that a text is as a whole, or `None` if it is anything else or more.
+
+    A sign, currency signs, thousands commas, decimals, `%`, powers of ten, simple fractions, a trailing period, and
+    `\boxed{...}` or `$...$` around it all are part of a number; words, units and the rest of mathematics are not:
+    `\sqrt{13}`, `\frac56`, `(2,\infty)`, `2^{10}` and `72 apples` have numbers in them and are none.
+
+    Args:
+        text (`str`):
+            The text.
+
+    Returns:
+        `Fraction` or `None`:
+            The number, within the bounds of [`parse_number`]. Never raises, and takes linear time.
+    """
+    text = text.strip()
+    for opening, closing in LATEX_WRAPPERS * 2:
+        if len(text) > len(opening) and text.startswith(opening) and text.endswith(closing):
+            text = text[len(opening) : -len(closing)].strip()
+    match = PLAIN_NUMBER.fullmatch(text)
+    return None if match is None else _match_to_fraction(match)
 
 
 def _match_to_fraction(match: re.Match[str]) -> Fraction | None:
@@ -49,33 +78,34 @@ def _match_to_fraction(match: re.Match[str]) -> Fraction | None:
         return None
     groups = match.groupdict()
     if groups["decimal"]:
-        value = Fraction(groups["decimal"])
+        value = _to_fraction(groups["decimal"])
     elif groups["thousands"]:
-        value = Fraction(groups["thousands"].replace(",", "") + groups["thousands_decimals"])
+        value = _to_fraction(groups["thousands"].replace(",", "") + groups["thousands_decimals"])
     elif groups["mantissa"]:
-        exponent = _to_int(groups["exponent"])
+        exponent = _to_fraction(groups["exponent"])
         if abs(exponent) > MAX_EXPONENT:
             return None
-        value = Fraction(groups["mantissa"]) * Fraction(10) ** exponent
+        value = _to_fraction(groups["mantissa"]) * Fraction(10) ** int(exponent)
     else:
-        numerator = _to_int(groups["numerator"] or groups["latex_numerator"])
-        denominator = _to_int(groups["denominator"] or groups["latex_denominator"])
+        numerator = _to_fraction(groups["numerator"] or groups["latex_numerator"])
+        denominator = _to_fraction(groups["denominator"] or groups["latex_denominator"])
         if denominator == 0:
             return None
-        value = Fraction(numerator, denominator)
+        value = numerator / denominator
     negative = _is_minus(groups["outer_sign"]) != _is_minus(groups["sign"])
     return -value if negative else value
 
 
-def _to_int(digits: str) -> int:
-    return int(digits.replace("\u2212", "-"))
+def _to_fraction(digits: str) -> Fraction:
+    # by way of Decimal, because `int` and `Fraction` refuse texts that are longer than Python's limit for integers
+    return Fraction(Decimal(digits.replace("\u2212", "-")))
 
 
 def _is_minus(sign: str | None) -> bool:
     return sign in ("-", "\u2212")
 
 
-def numerically_equal(a: str | int | float | None, b: str | int | float | None) -> bool:
+def numerically_equal(a: str | float | Decimal | Rational | None, b: str | float | Decimal | Rational | None) -> bool:
     r"""Whether both sides denote one single number, and the same one.
 
     The comparison is exact (`fractions.Fraction`), so 0.1 is not 0.1000000000000000000001. Whatever the notebooks'
@@ -84,9 +114,9 @@ def numerically_equal(a: str | int | float | None, b: str | int | float | None) 
     Here they are -5.
 
     Args:
-        a (`str`, `int`, `float` or `None`):
+        a (`str`, a number or `None`):
             One side, see [`parse_number`] for what is understood.
-        b (`str`, `int`, `float` or `None`):
+        b (`str`, a number or `None`):
             The other side.
 
     Returns:
@@ -97,8 +127,28 @@ def numerically_equal(a: str | int | float | None, b: str | int | float | None) 
     return left is not None and left == parse_number(b)
 
 
+def is_reference_number(given: str | None, reference: str) -> bool:
+    r"""Whether a reference is a plain number, and an answer denotes the same one.
+
+    The answer may have words, units or `\boxed{...}` around its number, as in [`parse_number`]. The reference may not:
+    an answer of 13 is wrong where the reference is `\sqrt{13}`, see [`parse_plain_number`].
+
+    Args:
+        given (`str` or `None`):
+            The answer.
+        reference (`str`):
+            The reference, as [`reference_to_text`] gives it.
+
+    Returns:
+        `bool`:
+            `False` also where the answer is no single number. Never raises.
+    """
+    number = parse_plain_number(reference)
+    return number is not None and number == parse_number(given)
+
+
 @dataclass(frozen=True, kw_only=True)
-class _AnswerReward(Reward):
+class AnswerReward(Reward):
     """A reward that compares the completion's answer with a column of the data set."""
 
     answer_column: str
@@ -109,6 +159,10 @@ class _AnswerReward(Reward):
         check_tag(self.name, "answer_tag", self.answer_tag)
         if not isinstance(self.answer_column, str) or not self.answer_column:
             raise ValueError(f"{self.name}: answer_column must be a column's name, got {self.answer_column!r}")
+
+    def answer_in_tag(self, answer: str) -> str:
+        """The shortest completion that gives this answer."""
+        return f"<{self.answer_tag}>\n{answer}\n</{self.answer_tag}>"
 
     def extract(self, text: str) -> str | None:
         raise NotImplementedError
@@ -141,7 +195,7 @@ class _AnswerReward(Reward):
         rewards: list[float | None] = []
         correct = []
         for given, value in zip(extracted, references, strict=True):
-            reference = _reference_to_text(value)
+            reference = reference_to_text(value)
             if reference is None:  # nothing to compare with: not scored, which is not the same as wrong
                 rewards.append(None)
                 continue
@@ -168,17 +222,8 @@ class _AnswerReward(Reward):
         return list(references)
 
 
-def _reference_to_text(value: Any) -> str | None:
-    """A cell of the answer column as text; `None` where it is empty or NaN. Whole floats lose their `.0`."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip() or None
-
-
 @dataclass(frozen=True, kw_only=True)
-class CorrectnessReward(_AnswerReward):
+class CorrectnessReward(AnswerReward):
     """See [`get_correctness_reward`]."""
 
     exact_score: float
@@ -200,10 +245,10 @@ class CorrectnessReward(_AnswerReward):
     def grade(self, extracted: str | None, reference: str) -> float:
         if extracted == reference:
             return self.exact_score
-        return self.numeric_score if numerically_equal(extracted, reference) else self.wrong_score
+        return self.numeric_score if is_reference_number(extracted, reference) else self.wrong_score
 
     def is_correct(self, extracted: str | None, reference: str) -> bool:
-        return extracted == reference or numerically_equal(extracted, reference)
+        return extracted == reference or is_reference_number(extracted, reference)
 
 
 def get_correctness_reward(
@@ -225,13 +270,15 @@ def get_correctness_reward(
             Score where the extracted answer equals the reference character for character, white space at the ends
             aside.
         numeric_score (`float`, *optional*, defaults to `1.5`):
-            Score where both are the same number, see [`numerically_equal`].
+            Score where the reference is a plain number and the extracted answer denotes the same one, see
+            [`is_reference_number`].
         wrong_score (`float`, *optional*, defaults to `0.0`):
             Score of everything else, an unclosed or missing answer tag included.
         answer_tag (`str`, *optional*, defaults to `"answer"`):
             Name of the answer tag, see [`extract_tagged_answer`].
         answer_column (`str`, *optional*, defaults to `"answer"`):
-            The dataset column with the references. Where a reference is `None`, NaN or empty, the reward is `None`.
+            The dataset column with the references, see [`reference_to_text`]: texts, GSM8K's solutions, numbers. Where
+            a reference is missing (`None`, NaN, empty), the reward is `None`.
         name (`str`, *optional*, defaults to `"correctness_reward_func"`):
             The callable's `__name__`.
 
@@ -251,7 +298,7 @@ def get_correctness_reward(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExactCorrectnessReward(_AnswerReward):
+class ExactCorrectnessReward(AnswerReward):
     """See [`get_exact_correctness_reward`]."""
 
     exact_score: float
@@ -298,7 +345,8 @@ def get_exact_correctness_reward(
         answer_tag (`str`, *optional*, defaults to `"answer"`):
             Name of the answer tag, see [`extract_xml_answer`].
         answer_column (`str`, *optional*, defaults to `"answer"`):
-            The dataset column with the references. Where a reference is `None`, NaN or empty, the reward is `None`.
+            The dataset column with the references, see [`reference_to_text`]: texts, GSM8K's solutions, numbers. Where
+            a reference is missing (`None`, NaN, empty), the reward is `None`.
         name (`str`, *optional*, defaults to `"exact_correctness_reward_func"`):
             The callable's `__name__`.
 

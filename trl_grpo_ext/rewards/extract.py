@@ -10,11 +10,11 @@ from collections import deque
 # One number as people and models write it. Each alternative is possessive and can fail only after a bounded or a
 # single scan, so that a search over a whole text stays linear.
 _SIGN = r"[-+\u2212]"  # \u2212 is the Unicode minus
-_CURRENCY = r"\\?[$\u00a2-\u00a5\u20a0-\u20c0]"  # cent, pound, yen and the block of currency signs; LaTeX escapes $
+CURRENCY = r"\\?[$\u00a2-\u00a5\u20a0-\u20c0]"  # cent, pound, yen and the block of currency signs; LaTeX escapes $
 _DECIMAL = r"(?:\d++(?:\.\d++)?+|\.\d++)"
 NUMBER = re.compile(
     rf"""
-    (?:(?P<outer_sign>{_SIGN}){_CURRENCY}[ ]?)?+    # -$5
+    (?:(?P<outer_sign>{_SIGN}){CURRENCY}[ ]?)?+    # -$5
     (?P<sign>{_SIGN}?+)                             # $-5
     (?:
         \\[dt]?frac\{{(?P<latex_numerator>{_SIGN}?\d++)\}}\{{(?P<latex_denominator>\d++)\}}
@@ -29,6 +29,9 @@ NUMBER = re.compile(
 
 # What the system prompt shows where the answer should stand.
 PLACEHOLDER = "..."
+
+# What stands before the final answer in GSM8K's own solutions.
+HASH_MARKER = "####"
 
 
 def extract_xml_answer(text: str, tag: str = "answer") -> str:
@@ -51,8 +54,8 @@ def extract_tagged_answer(text: str, tag: str = "answer") -> str | None:
 
 
 def extract_hash_answer(text: str) -> str | None:
-    """What GSM8K's own solutions give after their last `#### `, to the end of the line; `None` without it."""
-    _, marker, rest = text.rpartition("#### ")
+    """What GSM8K's own solutions give after their last `####`, to the end of the line; `None` without it."""
+    _, marker, rest = text.rpartition(HASH_MARKER)
     answer = rest.partition("\n")[0].strip()
     return answer if marker and answer else None
 

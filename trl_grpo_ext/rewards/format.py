@@ -14,6 +14,10 @@ from ._base import TextReward, check_score, check_tag
 from .extract import extract_xml_answer
 
 
+# An integer as people write it: a sign (\u2212 is the Unicode minus), digits, and commas in the right places if any.
+WRITTEN_INTEGER = re.compile(r"[-+\u2212]?(?:\d++|[1-9]\d{0,2}+(?:,\d{3})++)")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _TaggedReward(TextReward):
     """A reward over a pair of tags.
@@ -59,6 +63,8 @@ class XMLCountReward(_TaggedReward):
 
     def score(self, text: str) -> float:
         reasoning_open, reasoning_close, answer_open, answer_close = self.all_tags
+        if not self.final_newline_penalty:
+            text = text.removesuffix("\n")
         score = 0.0
         if text.count(f"{reasoning_open}\n") == 1:
             score += self.score_per_tag
@@ -74,8 +80,9 @@ class XMLCountReward(_TaggedReward):
     def _trailing_chars(self, text: str, closing: str) -> tuple[int, int]:
         """How many characters too many follow the closing tag's line, and how many the tag itself."""
         if self.final_newline_penalty:
-            # Counted as the notebooks do: without a final line break the first is the length of the whole text.
-            return len(text.rpartition(f"{closing}\n")[2]), len(text.rpartition(closing)[2]) - 1
+            # Counted as the notebooks do: without a final line break the first is the length of the whole text. They
+            # split, which finds tags from the left; the last one from the right can share its line break with another.
+            return len(text.split(f"{closing}\n")[-1]), len(text.split(closing)[-1]) - 1
         trailing_chars = len(text.rpartition(closing)[2].removeprefix("\n"))
         return trailing_chars, trailing_chars
 
@@ -100,7 +107,7 @@ def get_xmlcount_reward(
             and with the closing one. There is no lower bound: a text that goes on for long scores far below zero.
         final_newline_penalty (`bool`, *optional*, defaults to `True`):
             As in the notebooks, where a text that does not end in a line break is charged its whole length once.
-            `False` does not tell the two endings apart.
+            `False` does not see a line break at the end.
         tags (`tuple[str, str]`, *optional*, defaults to `("reasoning", "answer")`):
             Names of the reasoning tag and of the answer tag.
         name (`str`, *optional*, defaults to `"xmlcount_reward_func"`):
@@ -125,6 +132,7 @@ class _LayoutReward(_TaggedReward):
 
     full_score: float
     exactly_once: bool
+    final_newline: bool
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,6 +146,8 @@ class _LayoutReward(_TaggedReward):
         raise NotImplementedError
 
     def score(self, text: str) -> float:
+        if self.final_newline:
+            text = text.removesuffix("\n")
         if not self.matches(text) or (self.exactly_once and any(text.count(tag) != 1 for tag in self.all_tags)):
             return 0.0
         return self.full_score
@@ -169,6 +179,7 @@ def get_soft_format_reward(
     *,
     score: float = 0.5,
     exactly_once: bool = False,
+    final_newline: bool = False,
     tags: tuple[str, str] = ("reasoning", "answer"),
     name: str = "soft_format_reward_func",
 ) -> Callable[..., list[float]]:
@@ -180,6 +191,8 @@ def get_soft_format_reward(
         exactly_once (`bool`, *optional*, defaults to `False`):
             Whether each of the four tags must occur exactly once. The notebooks' expression does not ask for that:
             between the first and the last tag, duplicated blocks are "any text" to it.
+        final_newline (`bool`, *optional*, defaults to `False`):
+            Whether one line break may follow the closing answer tag.
         tags (`tuple[str, str]`, *optional*, defaults to `("reasoning", "answer")`):
             Names of the reasoning tag and of the answer tag.
         name (`str`, *optional*, defaults to `"soft_format_reward_func"`):
@@ -189,23 +202,28 @@ def get_soft_format_reward(
         `Callable`:
             A picklable reward function: `completions` to a list of floats.
     """
-    return SoftFormatReward(name=name, tags=tags, full_score=score, exactly_once=exactly_once)
+    return SoftFormatReward(
+        name=name, tags=tags, full_score=score, exactly_once=exactly_once, final_newline=final_newline
+    )
 
 
 def get_strict_format_reward(
     *,
     score: float = 0.5,
     exactly_once: bool = False,
+    final_newline: bool = False,
     tags: tuple[str, str] = ("reasoning", "answer"),
     name: str = "strict_format_reward_func",
 ) -> Callable[..., list[float]]:
-    """Like [`get_soft_format_reward`], but each tag must stand on a line of its own and nothing may follow.
+    """Like [`get_soft_format_reward`], but each tag must stand on a line of its own.
 
     Args:
         score (`float`, *optional*, defaults to `0.5`):
             Score of a text that has the layout; all others get 0.0.
         exactly_once (`bool`, *optional*, defaults to `False`):
             Whether each of the four tags must occur exactly once.
+        final_newline (`bool`, *optional*, defaults to `False`):
+            Whether one line break may follow the closing answer tag.
         tags (`tuple[str, str]`, *optional*, defaults to `("reasoning", "answer")`):
             Names of the reasoning tag and of the answer tag.
         name (`str`, *optional*, defaults to `"strict_format_reward_func"`):
@@ -215,7 +233,9 @@ def get_strict_format_reward(
         `Callable`:
             A picklable reward function: `completions` to a list of floats.
     """
-    return StrictFormatReward(name=name, tags=tags, full_score=score, exactly_once=exactly_once)
+    return StrictFormatReward(
+        name=name, tags=tags, full_score=score, exactly_once=exactly_once, final_newline=final_newline
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +284,7 @@ class IntReward(TextReward):
     """See [`get_int_reward`]."""
 
     full_score: float
+    signs_and_commas: bool
     answer_tag: str
 
     def __post_init__(self) -> None:
@@ -276,17 +297,26 @@ class IntReward(TextReward):
         return self.full_score
 
     def score(self, text: str) -> float:
-        return self.full_score if extract_xml_answer(text, self.answer_tag).isdigit() else 0.0
+        answer = extract_xml_answer(text, self.answer_tag)
+        is_integer = answer.isdigit() or (self.signs_and_commas and WRITTEN_INTEGER.fullmatch(answer) is not None)
+        return self.full_score if is_integer else 0.0
 
 
 def get_int_reward(
-    *, score: float = 0.5, answer_tag: str = "answer", name: str = "int_reward_func"
+    *,
+    score: float = 0.5,
+    signs_and_commas: bool = False,
+    answer_tag: str = "answer",
+    name: str = "int_reward_func",
 ) -> Callable[..., list[float]]:
     """A score for an extracted answer that `str.isdigit` accepts: no sign, no commas, no decimals.
 
     Args:
         score (`float`, *optional*, defaults to `0.5`):
             Score of such an answer; all others get 0.0.
+        signs_and_commas (`bool`, *optional*, defaults to `False`):
+            Whether a sign before the number and thousands commas in it are accepted as well (`-5`, `1,080`). The
+            notebooks' function does not accept them, so that it cannot be had for 82 of GSM8K's training answers.
         answer_tag (`str`, *optional*, defaults to `"answer"`):
             Name of the answer tag. The answer is extracted leniently, see [`extract_xml_answer`].
         name (`str`, *optional*, defaults to `"int_reward_func"`):
@@ -296,7 +326,7 @@ def get_int_reward(
         `Callable`:
             A picklable reward function: `completions` to a list of floats.
     """
-    return IntReward(name=name, full_score=score, answer_tag=answer_tag)
+    return IntReward(name=name, full_score=score, signs_and_commas=signs_and_commas, answer_tag=answer_tag)
 
 
 xmlcount_reward_func = get_xmlcount_reward()

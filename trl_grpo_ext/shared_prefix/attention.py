@@ -1,8 +1,12 @@
-"""Attention over a packed row, as an implementation that transformers can call.
+"""Attention over a packed row, put around transformers' own under its own name.
 
 A layer passes its queries, keys and values of the whole packed row, and the [`Segments`] that the model was called
-with. Each segment sees its prefix and, causally, itself. Called without segments, it is the stock implementation:
-generation and padded forwards are as they were.
+with. Each segment sees its prefix and, causally, itself.
+
+What transformers has registered as `"sdpa"` is wrapped, for the whole process: called with segments it is
+[`shared_prefix_attention`], called without them, the function that was there. No model and no configuration is
+changed, so that generation, continuous batching, padded forwards, saved models and other trainers on the same model
+find all as it was. The wrapper stays, because gradient checkpointing calls it in the backward too.
 
 On a CPU attention over the prefix and over the segment are computed apart and put together by their log-sum-exps: all
 segments of a group then share one call for the prefix, nothing is copied, and nothing masked is computed. That is how
@@ -11,27 +15,25 @@ FlashAttention (https://huggingface.co/papers/2205.14135) puts its blocks togeth
 `scaled_dot_product_attention`.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .. import compat
 from .layout import PackedLayout
 
 
 STOCK = "sdpa"
-NAME = f"shared_prefix_{STOCK}"
 
 # Segments of at most this length, or of at least this share of the longest, are padded and computed in one call: where
 # they are short a call costs more than what it computes.
 SHORT_TOKENS, SIMILAR_LENGTH = 64, 0.8
-
-_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class Segments:
@@ -44,6 +46,7 @@ class Segments:
 
     def __init__(self, layout: PackedLayout) -> None:
         self.layout = layout
+        self.num_uses = 0  # by layers
         # What sees what: queries, whether causally, keys. Causal calls come first, and take in each token once.
         self.calls: list[tuple[Places, bool, Places]] = []
         segments = [segment for group in layout.groups for segment in group.segments]
@@ -101,6 +104,24 @@ def _batches_of_similar_length(segments: list[range]) -> list[list[range]]:
     return batches
 
 
+def attend_over_segments() -> None:
+    """Wrap the function that transformers calls for `"sdpa"`, unless it is wrapped already."""
+    stock = ALL_ATTENTION_FUNCTIONS[STOCK]
+    if not hasattr(stock, "without_segments"):
+        AttentionInterface.register(STOCK, _with_segments(stock))
+
+
+def _with_segments(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def attention(*args: Any, segments: Segments | None = None, **kwargs: Any) -> Any:
+        if segments is None:
+            return stock(*args, **kwargs)
+        return shared_prefix_attention(*args, segments=segments, **kwargs)
+
+    attention.without_segments = stock  # type: ignore[attr-defined]
+    return attention
+
+
 def shared_prefix_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -109,10 +130,11 @@ def shared_prefix_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segments: Segments | None = None,
+    *,
+    segments: Segments,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of a layer, in the form that transformers' `AttentionInterface` asks for.
+    """Attention of a layer over a packed row, in the form that transformers' `AttentionInterface` asks for.
 
     Args:
         module (`nn.Module`):
@@ -122,11 +144,11 @@ def shared_prefix_attention(
         key (`torch.Tensor`), value (`torch.Tensor`):
             Keys and values, `(1, key heads, N, head size)`; as many heads as the queries have, or a divisor of it.
         attention_mask (`torch.Tensor`, *optional*):
-            For the stock implementation; a packed row needs none.
+            A single element, which says nothing: what sees what is in the segments.
         dropout (`float`, *optional*, defaults to `0.0`), scaling (`float`, *optional*):
             Dropout of the weights, and the factor of the scores (by default `1 / sqrt(head size)`).
-        segments ([`Segments`], *optional*):
-            The packed row; without it this is the stock implementation.
+        segments ([`Segments`]):
+            The packed row.
 
     Returns:
         `tuple[torch.Tensor, None]`:
@@ -135,9 +157,9 @@ def shared_prefix_attention(
     Raises:
         ValueError: If the layer asks for something that attention over segments does not do.
     """
-    if segments is None:
-        stock = ALL_ATTENTION_FUNCTIONS[STOCK]
-        return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    segments.num_uses += 1
+    if attention_mask is not None and attention_mask.numel() != 1:
+        raise ValueError("the attention layer makes a mask of its own, which attention over segments does not know")
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"the attention layer passes {name!r}, which attention over segments does not know")
@@ -206,7 +228,7 @@ class _MergedAttention(torch.autograd.Function):
         output = torch.empty_like(queries, memory_format=torch.contiguous_format)
         log_sum_exp = output.new_empty(output.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for places, is_causal, seen in segments.calls:
-            part, part_log_sum_exp = _flash_forward(
+            part, part_log_sum_exp = compat.flash_attention_on_cpu(
                 _take(queries, places),
                 _take_shared(keys, seen, queries),
                 _take_shared(values, seen, queries),
@@ -236,7 +258,7 @@ class _MergedAttention(torch.autograd.Function):
             torch.empty_like(states, memory_format=torch.contiguous_format) for states in (queries, keys, values)
         )
         for places, is_causal, seen in ctx.segments.calls:
-            parts = _flash_backward(
+            parts = compat.flash_attention_on_cpu_backward(
                 _take(gradient, places, zero_padding=True),
                 _take(queries, places),
                 _take_shared(keys, seen, queries),
@@ -290,10 +312,3 @@ def _put(states: torch.Tensor, places: Places, part: torch.Tensor) -> None:
 def _add(states: torch.Tensor, places: Places, part: torch.Tensor) -> None:
     assert isinstance(places, range)
     states[places.start : places.stop] += part.movedim(2, 0)
-
-
-def use_shared_prefix_attention(model: PreTrainedModel, implementation: str = NAME) -> None:
-    """Set the attention of a model: [`shared_prefix_attention`], or back to `"sdpa"`."""
-    AttentionInterface.register(NAME, shared_prefix_attention)
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])
-    model.set_attn_implementation(implementation)

@@ -1,7 +1,10 @@
 """`SharedPrefixMixin`: log-probabilities from a packed row in which each prompt stands once."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from accelerate.logging import get_logger
@@ -11,25 +14,25 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from .. import compat
 from ..config import check_settings, extension_setting
+from ..mixin_order import OrderedMixin
 from ..rollouts import RolloutBuffer
-from .attention import STOCK, Segments, use_shared_prefix_attention
+from .attention import STOCK, Segments, attend_over_segments
 from .layout import LayoutError, packed_layout
 from .prefill import shared_prefill
+from .probe import (
+    computes_in_half_precision,
+    difference_of_gradients,
+    difference_of_logps,
+    made_up_rows,
+    undisturbed,
+    whole_parameters,
+)
 
 
 logger = get_logger(__name__)
 
-if TYPE_CHECKING:
-    from trl import GRPOTrainer as _GRPOTrainer
-else:
-    _GRPOTrainer = object  # it may stand before any subclass of TRL's
 
-# Largest difference of log-probabilities, in nats, between a packed and a padded forward in fp32; and the largest mean
-# difference in half precision, where single tokens differ by as much as two padded forwards do.
-TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-3, 0.05
-
-
-class SharedPrefixMixin(_GRPOTrainer):
+class SharedPrefixMixin(OrderedMixin):
     """A shared prompt computed once, and no padding, for any `trl.GRPOTrainer`.
 
     Policy, old-policy and reference forwards go through one packed row for each micro-batch (see
@@ -38,8 +41,15 @@ class SharedPrefixMixin(_GRPOTrainer):
     `shared_prefix="auto"` falls back to the padded forward, and says once why, where a model or a batch cannot be
     packed: images, an attention implementation other than `"sdpa"`, sliding windows that are shorter than a row,
     soft-capped scores, attention sinks, recurrent layers, a position scaling that depends on the row's length, a MoE
-    auxiliary loss. `"on"` raises instead, `"off"` never packs. Before the first use a few short rows are computed both
-    ways, which finds models that behave in another way without saying so.
+    auxiliary loss, NEFTune, whose noise depends on the row's length too, a compiled model. `"on"` raises instead, at
+    construction where that is known by then; `"off"` never packs.
+
+    Before the first use a few short rows are computed both ways, which finds models that behave in another way without
+    saying so: their log-probabilities, and the gradients of all parameters. Where processes hold parts of parameters
+    only (ZeRO-3, FSDP) the gradients cannot be compared by this.
+
+    The policy and the trainer's reference model are packed. Any other model that is handed to the forward, a teacher,
+    is computed from padded rows. No model is changed by this: see [`trl_grpo_ext.shared_prefix.attention`].
 
     Metrics: `update/tokens_computed`, the tokens of a micro-batch's forward, and `update/tokens_padded`, those that
     TRL would have computed; both on this process.
@@ -48,28 +58,52 @@ class SharedPrefixMixin(_GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_settings(self.args)
-        self._packs: bool | None = False if extension_setting(self.args, "shared_prefix") == "off" else None
+        setting = extension_setting(self.args, "shared_prefix")
+        self._packs: bool | None = False if setting == "off" else None
+        self._packed_models: WeakSet[nn.Module] = WeakSet()  # those that were compared
+        self._inner_models: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
         self._reported_obstacles: set[str] = set()
+        if setting == "on" and (obstacle := self._find_obstacle()) is not None:
+            self._report_obstacle(obstacle)
 
     @property
     def packs(self) -> bool:
         """Whether micro-batches are computed as packed rows; decided when first asked, by all processes together."""
         if self._packs is None:
-            obstacle = find_obstacle(self.accelerator.unwrap_model(self.model)) or self._compare_forwards()
+            obstacle = self._of_any_process(self._find_obstacle())
+            if obstacle is None:
+                obstacle = self._of_any_process(self._compare_forwards())
             self._packs = obstacle is None
             if obstacle is not None:
                 self._report_obstacle(obstacle)
+            else:
+                for model in self._own_models():
+                    self._packed_models |= {model, _language_model(model)}
         return self._packs
 
     def packs_rows_of(self, num_tokens: int) -> bool:
         """Whether rows of so many tokens are computed as packed rows."""
-        window = _shortest_sliding_window(self.accelerator.unwrap_model(self.model).config)
-        return self.packs and (window is None or num_tokens <= window)
+        if not self.packs:
+            return False
+        window = _shortest_sliding_window(self._unwrapped(self.model).config)
+        return window is None or num_tokens <= window
+
+    def _unwrapped(self, model: Any) -> Any:
+        """A model without what training puts around it; adapters stay."""
+        if not isinstance(model, nn.Module):
+            return model
+        if model not in self._inner_models:  # accelerate takes milliseconds
+            self._inner_models[model] = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return self._inner_models[model]
+
+    def _own_models(self) -> list[Any]:
+        """Policy and reference model, unwrapped."""
+        return [self._unwrapped(model) for model in (self.model, self.ref_model) if model is not None]
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         if not self.packs:
             return super()._generate_and_score_completions(inputs)
-        with shared_prefill(_language_model(self.accelerator.unwrap_model(self.model))):
+        with shared_prefill(_language_model(self._unwrapped(self.model))):
             return super()._generate_and_score_completions(inputs)
 
     def _get_per_token_logps_and_entropies(
@@ -83,21 +117,17 @@ class SharedPrefixMixin(_GRPOTrainer):
         compute_aux_loss: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        obstacle = None
-        if compute_aux_loss:
-            obstacle = "the MoE auxiliary loss counts each prompt once for each of its completions"
-        elif any(value is not None for value in kwargs.values()):
-            obstacle = "there are images"
-        if self.packs and obstacle is None:
-            try:
-                return self._packed_forward(
-                    model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy
-                )
-            except LayoutError as error:
-                obstacle = str(error)
-        if self.packs and obstacle is not None:
+        if self.packs and self._unwrapped(model) in self._packed_models:
+            obstacle = self._obstacle_of_call(model, compute_aux_loss, kwargs)
+            if obstacle is None:
+                try:
+                    return self._packed_forward(
+                        model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy
+                    )
+                except LayoutError as error:
+                    obstacle = str(error)
             self._report_obstacle(obstacle)
-        self._count_tokens(input_ids, input_ids.numel())
+        self._count_tokens(model, input_ids, input_ids.numel())
         return super()._get_per_token_logps_and_entropies(
             model,
             input_ids,
@@ -109,6 +139,13 @@ class SharedPrefixMixin(_GRPOTrainer):
             **kwargs,
         )
 
+    def _obstacle_of_call(self, model: Any, compute_aux_loss: bool, inputs: dict[str, Any]) -> str | None:
+        if compute_aux_loss:
+            return "the MoE auxiliary loss counts each prompt once for each of its completions"
+        if any(value is not None for value in inputs.values()):
+            return "there are images"
+        return _other_attention(_language_model(self._unwrapped(model)))  # which can be set at any time
+
     def _packed_forward(
         self,
         model: Any,
@@ -118,7 +155,8 @@ class SharedPrefixMixin(_GRPOTrainer):
         batch_size: int | None,
         compute_entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        window = _shortest_sliding_window(self.accelerator.unwrap_model(model).config)
+        language_model = _language_model(self._unwrapped(model))
+        window = _shortest_sliding_window(language_model.config)
         rows_at_once = batch_size or input_ids.size(0)
         parts = [
             (ids, packed_layout(ids, mask, num_completion_tokens))
@@ -127,10 +165,12 @@ class SharedPrefixMixin(_GRPOTrainer):
         longest = max(layout.longest_sequence for _, layout in parts)
         if window is not None and longest > window:
             raise LayoutError(f"the sliding window of {window} tokens is shorter than the longest row, {longest}")
+        attend_over_segments()
         logps, entropies = [], []
         for ids, layout in parts:
-            self._count_tokens(ids, layout.num_tokens)
-            with self.accelerator.autocast():
+            self._count_tokens(model, ids, layout.num_tokens)
+            segments = Segments(layout)
+            with self.accelerator.autocast(), _scored_places_only(language_model.base_model):
                 outputs = model(
                     input_ids=layout.pack(ids),
                     position_ids=layout.position_ids.unsqueeze(0),
@@ -139,15 +179,18 @@ class SharedPrefixMixin(_GRPOTrainer):
                     attention_mask=ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
                     shift_labels=layout.labels(ids).unsqueeze(0),
                     fused_lm_head=True,
-                    segments=Segments(layout),
+                    segments=segments,
                 )
+            if segments.num_uses == 0:
+                raise RuntimeError("no attention layer was given the segments of the packed row")
             logps.append(layout.unpack(outputs.log_probs[0]))
             if compute_entropy:
                 entropies.append(layout.unpack(outputs.entropy[0]))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
-    def _count_tokens(self, input_ids: torch.Tensor, num_computed: int) -> None:
-        if self.model.training and torch.is_grad_enabled():
+    def _count_tokens(self, model: Any, input_ids: torch.Tensor, num_computed: int) -> None:
+        is_policy = self._unwrapped(model) is self._unwrapped(self.model)
+        if is_policy and self.model.training and torch.is_grad_enabled():
             rollouts = compat.buffered_micro_batches(self)
             shape = rollouts.padded_shape if isinstance(rollouts, RolloutBuffer) else input_ids.shape
             compat.append_metric(self, "update/tokens_computed", float(num_computed))
@@ -155,50 +198,49 @@ class SharedPrefixMixin(_GRPOTrainer):
 
     # Whether to pack
 
+    def _find_obstacle(self) -> str | None:
+        """What speaks against packing, as far as settings and configurations say it."""
+        if compat.compiles(self):
+            return "the model is compiled, which would be done again for packed rows of ever new lengths and forms"
+        if compat.has_noise_on_embeddings(self):
+            return "NEFTune's noise depends on the length of the row (neftune_noise_alpha)"
+        return next(filter(None, map(find_obstacle, self._own_models())), None)
+
     def _compare_forwards(self) -> str | None:
-        """Compute a few short rows padded and packed; what speaks against packing, on any process."""
-        models = [_language_model(self.accelerator.unwrap_model(self.model))]
-        if self.ref_model is not None:
-            models.append(_language_model(self.accelerator.unwrap_model(self.ref_model)))
-        ids, mask, width = _made_up_rows(models[0].config.vocab_size)
-        ids, mask = ids.to(self.accelerator.device), mask.to(self.accelerator.device)
-        forward = super()._get_per_token_logps_and_entropies
-        was_training = self.model.training
-        self.model.eval()  # no dropout
-        obstacle = None
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            padded = forward(self.model, ids, mask, width)[0]
-            for model in models:
-                use_shared_prefix_attention(model)
-                model.base_model.register_forward_hook(_keep_scored_places, with_kwargs=True)
-            try:
-                still_padded = forward(self.model, ids, mask, width)[0]
-                packed = self._packed_forward(self.model, ids, mask, width, None, False)[0]
-            except Exception as error:  # models of others: whatever they raise, they cannot be packed
-                obstacle = f"a packed forward fails ({type(error).__name__}: {error})"
-            else:
-                differences = torch.maximum((packed - padded).abs(), (still_padded - padded).abs())
-                differences = differences[mask[:, -width:].bool()]
-                is_half = self._computes_in_half_precision()
-                difference = float(differences.mean() if is_half else differences.max())
-                tolerance = HALF_PRECISION_TOLERANCE if is_half else TOLERANCE
-                if not difference <= tolerance:
-                    obstacle = (
-                        f"log-probabilities of a packed forward differ by {difference:.2g} nats from those of a "
-                        f"padded one (tolerance {tolerance})"
-                    )
-        self.model.train(was_training)
-        obstacles = torch.tensor([float(obstacle is not None)], device=self.accelerator.device)
-        if self.accelerator.reduce(obstacles, reduction="sum").item() > 0:
-            for model in models:
-                use_shared_prefix_attention(model, STOCK)
-            return obstacle or "another process cannot pack"
+        """What speaks against packing in a few made-up rows, computed padded and packed."""
+        padded_forward = super()._get_per_token_logps_and_entropies
+        device = self.accelerator.device
+        ids, mask, width = made_up_rows(self._unwrapped(self.model).config.vocab_size)
+        ids, mask = ids.to(device), mask.to(device)
+        for model in (self.model, self.ref_model):
+            if model is None:
+                continue
+            is_half = computes_in_half_precision(model, self.accelerator.mixed_precision)
+            parameters = whole_parameters(model) if model is self.model else {}
+            with (
+                undisturbed(model, device),
+                disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+                torch.inference_mode(False),
+                torch.set_grad_enabled(bool(parameters)),
+            ):
+                padded = padded_forward(model, ids, mask, width)[0]
+                try:
+                    packed = self._packed_forward(model, ids, mask, width, None, False)[0]
+                    obstacle = difference_of_logps(packed, padded, mask[:, -width:].bool(), is_half)
+                    if obstacle is None and parameters:
+                        obstacle = difference_of_gradients(packed, padded, parameters, is_half)
+                except Exception as error:  # models of others: whatever they raise, they cannot be packed
+                    obstacle = f"a packed forward fails ({type(error).__name__}: {error})"
+            if obstacle is not None:
+                return obstacle
         return None
 
-    def _computes_in_half_precision(self) -> bool:
-        return self.accelerator.mixed_precision != "no" or any(
-            parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.model.parameters()
-        )
+    def _of_any_process(self, obstacle: str | None) -> str | None:
+        """An obstacle of this process or, if it has none, of another one."""
+        found = torch.tensor([float(obstacle is not None)], device=self.accelerator.device)
+        if self.accelerator.reduce(found, reduction="sum").item() > 0:
+            return obstacle or "another process cannot pack"
+        return None
 
     def _report_obstacle(self, obstacle: str) -> None:
         if extension_setting(self.args, "shared_prefix") == "on":
@@ -210,30 +252,24 @@ class SharedPrefixMixin(_GRPOTrainer):
             logger.warning(f"Rows are padded, and prompts computed once for each completion: {obstacle}.")
 
 
-def _made_up_rows(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """A few short rows, two for each prompt, as TRL lays them out: token ids, mask, columns of the completions."""
-    # which prompt, its length, and the completion's length
-    rows = ((0, 9, 7), (1, 3, 12), (0, 9, 12), (1, 3, 1))
-    width = 12
-    ids = torch.randint(vocab_size, (len(rows), width + width), generator=torch.Generator().manual_seed(0))
-    mask = torch.zeros_like(ids)
-    for row, (prompt, prompt_tokens, completion_tokens) in enumerate(rows):
-        ids[row, :width] = ids[prompt, :width]
-        mask[row, width - prompt_tokens : width + completion_tokens] = 1
-    return ids, mask, width
+@contextmanager
+def _scored_places_only(backbone: nn.Module) -> Iterator[None]:
+    """Within it a packed row's last hidden states are those of the scored places: off a GPU the LM head scores all."""
+    hook = backbone.register_forward_hook(_keep_scored_places, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _keep_scored_places(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Leave the last hidden states of the scored places only: off a GPU the LM head scores all that it gets."""
-    segments = kwargs.get("segments")
-    if segments is not None:
-        output.last_hidden_state = output.last_hidden_state[:, segments.layout.scored]
+    output.last_hidden_state = output.last_hidden_state[:, kwargs["segments"].layout.scored]
     return output
 
 
 def _language_model(model: Any) -> PreTrainedModel:
     """The model itself, without an adapter around it."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def find_obstacle(model: Any) -> str | None:
@@ -245,10 +281,10 @@ def find_obstacle(model: Any) -> str | None:
     config = model.config
     if config.get_text_config() is not config:
         return f"{type(model).__name__} takes more than text"
-    if config._attn_implementation != STOCK:
-        return f"attn_implementation is {config._attn_implementation!r}, and only {STOCK!r} can be packed"
+    if (obstacle := _other_attention(model)) is not None:
+        return obstacle
     layer_types = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    if layer_types or getattr(model, "_is_stateful", False):
+    if layer_types or compat.carries_state_along_rows(model):
         return f"there are layers that carry a state along the row ({', '.join(sorted(layer_types)) or 'recurrent'})"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "attention scores are soft-capped"
@@ -259,6 +295,11 @@ def find_obstacle(model: Any) -> str | None:
     if kinds & {"dynamic", "longrope"}:
         return "the scaling of positions depends on the length of the row"
     return None
+
+
+def _other_attention(model: PreTrainedModel) -> str | None:
+    name = compat.attention_name(model)
+    return None if name == STOCK else f"attn_implementation is {name!r}, and only {STOCK!r} can be packed"
 
 
 def _shortest_sliding_window(config: Any) -> int | None:

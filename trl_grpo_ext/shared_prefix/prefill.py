@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 
 @contextmanager
@@ -15,8 +15,12 @@ def shared_prefill(model: PreTrainedModel) -> Iterator[None]:
     Args:
         model (`PreTrainedModel`):
             A decoder with a cache of keys and values. Generation with inputs other than `input_ids` and
-            `attention_mask`, or with another kind of cache, is left as it is.
+            `attention_mask`, or with another kind of cache, is left as it is, and so is a model with a `generate` that
+            is not transformers' own.
     """
+    if "generate" in vars(model) or type(model).generate is not GenerationMixin.generate:
+        yield
+        return
     generate = model.generate
 
     def generate_from_shared_prompts(*args: Any, **options: Any) -> Any:
@@ -33,7 +37,8 @@ def shared_prefill(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        del model.generate  # the instance's, which hides the class's
+        if vars(model).get("generate") is generate_from_shared_prompts:
+            del model.generate  # the instance's, which hides the class's
 
 
 def _uses_dynamic_cache(model: PreTrainedModel, generation_config: Any) -> bool:

@@ -1,12 +1,16 @@
 """GSM8K (Cobbe et al., arXiv 2110.14168) in the columns that the rewards and `GRPOTrainer` expect."""
 
+import codecs
+import gzip
 import json
 import re
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..rewards.extract import extract_hash_answer
+from ..rewards.extract import HASH_MARKER, extract_hash_answer
 from .prompts import SYSTEM_PROMPT, format_solution, to_prompt
 
 
@@ -14,7 +18,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 HUB_NAME = "openai/gsm8k"
-FILE_ENDINGS = (".jsonl", ".json", ".parquet")
+FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+GZIP_START = b"\x1f\x8b"
 
 # GSM8K's solutions carry the results of a calculator in place: "48/2 = <<48/2=24>>24".
 CALCULATOR_ANNOTATION = re.compile(r"<<[^<>]*>>")
@@ -31,8 +36,9 @@ def load_gsm8k(
 
     Args:
         name_or_path (`str`, *optional*, defaults to `"openai/gsm8k"`):
-            A name on the hub; a JSON Lines or parquet file in GSM8K's own format (`question`, and `answer` with
-            `#### `); or a folder with such files, as the hub lays them out or simply `train.jsonl` and `test.jsonl`.
+            A name on the hub; a JSON Lines file (gzipped or not) or a parquet file in GSM8K's own format (`question`,
+            and `answer` with `####`); or a folder with such files, as the hub lays them out or simply `train.jsonl`
+            and `test.jsonl`.
         split (`str`, *optional*, defaults to `"train"`):
             Split on the hub or in the folder. A single file is taken whole, whatever its split.
         config (`str`, *optional*, defaults to `"main"`):
@@ -44,23 +50,26 @@ def load_gsm8k(
 
     Returns:
         `datasets.Dataset`:
-            Columns `prompt` (messages), `answer` (what follows `#### `, thousands commas kept) and `solution` (the
+            Columns `prompt` (messages), `answer` (what follows `####`, thousands commas kept) and `solution` (the
             reference completion in the system prompt's format, without the calculator's annotations).
 
     Raises:
         FileNotFoundError: If a folder holds no file of the split.
-        ValueError: If a row is no JSON object, lacks a column, or has no `#### `; the message names file and line.
+        ValueError: If there are no rows, or a row is no JSON object in UTF-8, lacks a column, or has no `####`; the
+            message names file and line.
     """
     from datasets import Dataset, load_dataset
 
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         rows = [row for file in _files_of_split(path, split, config) for row in _read_rows(file)]
-    elif path.is_file() or path.suffix in FILE_ENDINGS:
+    elif path.is_file() or path.name.endswith(FILE_ENDINGS):
         rows = list(_read_rows(path))
     else:
         hub_rows = load_dataset(name_or_path, config, split=split)
         rows = [(f"{name_or_path} ({split}), row {index}", row) for index, row in enumerate(hub_rows)]
+    if not rows:
+        raise ValueError(f"{name_or_path} has no rows ({split}): it must hold one JSON object a line, or parquet")
     return Dataset.from_list([_to_columns(place, row, system_prompt, with_example) for place, row in rows])
 
 
@@ -81,30 +90,41 @@ def _read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
     if file.suffix == ".parquet":
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
 
-        for index, row in enumerate(parquet.read_table(file).to_pylist()):
+        try:
+            table = parquet.read_table(file)
+        except ArrowException as error:
+            raise ValueError(f"{file}: not a parquet file ({error})") from None
+        for index, row in enumerate(table.to_pylist()):
             yield f"{file}, row {index}", row
         return
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(_decoded(lines, file), start=1):
-            if not line.strip():
-                continue
-            place = f"{file}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{place}: not a JSON object a line ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{place}: not a JSON object but a {type(row).__name__}")
-            yield place, row
+    for number, line in enumerate(_read_lines(file), start=1):
+        if not line.strip():
+            continue
+        place = f"{file}, line {number}"
+        try:
+            # whole numbers are not read as `int`, which refuses long ones: no column that counts is a number
+            row = json.loads(line.decode(), parse_int=Decimal)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place}: not a text in UTF-8 ({error})") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place}: not a JSON object a line ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: not a JSON object but a {type(row).__name__}")
+        yield place, row
 
 
-def _decoded(lines: Iterable[str], file: Path) -> Iterator[str]:
-    try:
-        yield from lines
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not a text in UTF-8 ({error})") from None
+def _read_lines(file: Path) -> Iterator[bytes]:
+    """The lines of a file that may be gzipped, whatever its name, without a byte order mark."""
+    with file.open("rb") as stream:
+        is_gzipped = stream.read(len(GZIP_START)) == GZIP_START
+    with gzip.open(file) if is_gzipped else file.open("rb") as lines:
+        try:
+            for number, line in enumerate(lines):
+                yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{file}: not a whole gzip file ({error})") from None
 
 
 def _to_columns(place: str, row: dict[str, Any], system_prompt: str | None, with_example: bool) -> dict[str, Any]:
@@ -113,10 +133,14 @@ def _to_columns(place: str, row: dict[str, Any], system_prompt: str | None, with
             raise ValueError(
                 f"{place}: no text in column {column!r}; its columns are {', '.join(sorted(row)) or 'none'}"
             )
+        try:
+            row[column].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{place}: no valid text in column {column!r}, half of a character ({error})") from None
     answer = extract_hash_answer(row["answer"])
     if answer is None:
-        raise ValueError(f"{place}: the answer has no '#### ' followed by the final answer")
-    reasoning = CALCULATOR_ANNOTATION.sub("", row["answer"].rpartition("#### ")[0]).strip()
+        raise ValueError(f"{place}: the answer has no '{HASH_MARKER}' followed by the final answer")
+    reasoning = CALCULATOR_ANNOTATION.sub("", row["answer"].rpartition(HASH_MARKER)[0]).strip()
     return {
         "prompt": to_prompt(row["question"], system_prompt, with_example),
         "answer": answer,
