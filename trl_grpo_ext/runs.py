@@ -240,7 +240,7 @@ def choose_start(
     is_same = in_folder is not None and not changes
     newest, damages = newest_whole_checkpoint(folder)
     passed_over = [f"a checkpoint is passed over: {damage}" for damage in damages]
-    if wanted == "auto":
+    if wanted is not None and wanted.lower() == "auto":
         goes_on = is_same or (allow_changed_settings and not overwrite_run)
         wanted = "latest" if newest is not None and goes_on else None
 
