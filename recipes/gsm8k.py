@@ -6,8 +6,9 @@
 
 Options are those of `GRPOExtConfig` (TRL's `GRPOConfig` and this package's own), of TRL's `ModelConfig`, and of
 `RecipeArguments` below. Without `--config` the defaults come from `recipes/configs/offline-tiny.yaml`. Measures the
-accuracy on held-out problems before and after training and writes it to `<output_dir>/summary.json`. Exit status: 0
-done, 1 a model or data set could not be had, 2 wrong arguments.
+accuracy on held-out problems before and after training and writes it to `<output_dir>/summary.json`; the settings are
+in `<output_dir>/run.yaml`, which `--config` takes again. Exit status: 0 done, 1 a model, a data set or a package could
+not be had, 2 wrong arguments.
 """
 
 import json
@@ -19,22 +20,24 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
-from yaml import YAMLError
+from transformers.integrations import get_available_reporting_integrations
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer
-from trl_grpo_ext.checkpoints import find_damage, whole_checkpoints
+from trl_grpo_ext.arguments import ArgumentError, OneLineParser
+from trl_grpo_ext.checkpoints import CheckpointError
 from trl_grpo_ext.embedded_policy import EMBEDDED_POLICY, embedded_policy_path
 from trl_grpo_ext.evaluation import Accuracy, evaluate
-from trl_grpo_ext.ranks import BoundCollectiveCalls, run_as_rank
+from trl_grpo_ext.ranks import BoundCollectiveCalls, run_as_rank, stop
 from trl_grpo_ext.rewards import RewardBundle, gsm8k_bundle, tag_bundle
+from trl_grpo_ext.runs import CHANGED, RunError, Start, begin_run, choose_start, settings_of
 from trl_grpo_ext.tasks import load_arithmetic, load_gsm8k
 
 
@@ -81,6 +84,14 @@ class RecipeArguments:
     cpu_threads: int | None = field(
         default=None, metadata={"help": "Threads of each process on a CPU. Default: the cores, shared out."}
     )
+    overwrite_run: bool = field(
+        default=False, metadata={"help": "Start afresh even if output_dir holds a run with other settings."}
+    )
+    allow_changed_settings: bool = field(
+        default=False,
+        metadata={"help": "Go on from a checkpoint with other settings than it was made with; run.yaml records them."},
+    )
+    settings: dict[str, Any] = field(default_factory=dict, init=False)  # all that was asked for, of all three classes
 
     def __post_init__(self) -> None:
         for name in ("train_items", "eval_items", "eval_batch_size", "cpu_threads"):
@@ -100,22 +111,24 @@ class CompactProgress(ProgressCallback):
             self.training_bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items() if value is not None})
 
 
-def stop(status: int, message: object) -> NoReturn:
-    """End with one line on the error stream."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(status)
-
-
 def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, GRPOExtConfig, ModelConfig]:
     if not any(argument == "--config" or argument.startswith("--config=") for argument in argv):
         argv = ["--config", str(DEFAULT_CONFIG), *argv]
-    parser = TrlParser([RecipeArguments, GRPOExtConfig, ModelConfig], description=__doc__.splitlines()[0])
+    parser = OneLineParser([RecipeArguments, GRPOExtConfig, ModelConfig], description=__doc__.splitlines()[0])
     try:
-        recipe_args, training_args, model_args = parser.parse_args_and_config(argv)
-    except (ValueError, OSError, YAMLError) as error:
+        recipe_args, training_args, model_args = parser.parse_script(argv, ignore=[CHANGED])
+    except ArgumentError as error:
         stop(2, error)
     if model_args.model_name_or_path is None:
         stop(2, "--model_name_or_path is missing: name a model on the hub, a folder, or 'embedded'")
+    trackers = get_available_reporting_integrations()
+    for name in training_args.report_to:
+        if name not in trackers:
+            found = ", ".join(trackers) or "none"
+            stop(2, f"--report_to {name}: no such tracker is installed ({found}); install it, or set --report_to none")
+    if training_args.remove_unused_columns:
+        stop(2, "--remove_unused_columns true would remove the answers, which the rewards need: leave it out")
+    recipe_args.settings = settings_of(parser.given)
     return recipe_args, training_args, model_args
 
 
@@ -168,21 +181,22 @@ def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool) -> PreTrain
     return tokenizer
 
 
-def find_checkpoint(training_args: GRPOExtConfig) -> str | bool | None:
-    """What to go on from: a checkpoint's folder, or with 'latest' (or 'true') the newest whole one (`True`)."""
-    wanted = training_args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() in ("", "false", "none"):
-        return None
-    if str(wanted).lower() in ("latest", "true"):
-        whole, damages = whole_checkpoints(training_args.output_dir)
-        if not whole:
-            found = "; ".join(damages) or "leave it out to start afresh"
-            stop(2, f"--resume_from_checkpoint: there is no checkpoint in {training_args.output_dir!r}; {found}")
-        return True
-    damage = find_damage(wanted)
-    if damage is not None:
-        stop(2, f"--resume_from_checkpoint: {wanted!r} is no whole checkpoint: {damage}")
-    return wanted
+def look_for_runs(recipe_args: RecipeArguments, training_args: GRPOExtConfig) -> Start:
+    """How this run begins; ends with one line if another one is in its place."""
+    try:
+        start = choose_start(
+            training_args.output_dir,
+            recipe_args.settings,
+            training_args.resume_from_checkpoint,
+            overwrite_run=recipe_args.overwrite_run,
+            allow_changed_settings=recipe_args.allow_changed_settings,
+        )
+    except RunError as error:
+        stop(2, error)
+    if training_args.process_index == 0:
+        for note in start.notes:
+            print(f"note: {note}", file=sys.stderr)
+    return start
 
 
 def summarize(before: Accuracy, after: Accuracy) -> dict[str, dict[str, Any]]:
@@ -220,7 +234,7 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     recipe_args, training_args, model_args = parse_arguments(argv)
     set_cpu_threads(training_args, recipe_args.cpu_threads)
-    checkpoint = find_checkpoint(training_args)
+    run = look_for_runs(recipe_args, training_args)
     model_name = model_args.model_name_or_path
     if model_name == EMBEDDED_POLICY:
         model_args.model_name_or_path = embedded_policy_path()
@@ -249,15 +263,20 @@ def main(argv: list[str]) -> None:
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    trainer = GRPOExtTrainer(
-        model=model_args.model_name_or_path,
-        reward_funcs=bundle,
-        args=training_args,
-        train_dataset=train_dataset,
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    try:
+        trainer = GRPOExtTrainer(
+            model=model_args.model_name_or_path,
+            reward_funcs=bundle,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=heldout["heldout"],  # for --eval_strategy
+            processing_class=tokenizer,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except (ValueError, ImportError, OSError) as error:  # settings that do not go together, a package that is missing
+        stop(1, error)
+    trainer.run_record = run.record
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(CompactProgress)
     trainer.add_callback(BoundCollectiveCalls)
@@ -280,7 +299,13 @@ def main(argv: list[str]) -> None:
         }
 
     before = evaluate_all("before")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        begin_run(run)
+        if run.checkpoint is None and trainer.accelerator.is_main_process:
+            Path(training_args.output_dir, "summary.json").unlink(missing_ok=True)  # an earlier attempt's
+        trainer.train(resume_from_checkpoint=run.checkpoint)
+    except (RunError, CheckpointError, ImportError) as error:
+        stop(1, error)
     after = evaluate_all("after")
 
     # Results

@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
+
+from trl_grpo_ext import ranks
 
 
 SCRIPT = """
@@ -66,3 +69,78 @@ def test_a_lone_process_is_left_alone():
         check=False,
     )
     assert (result.returncode, result.stderr) == (1, "that is all\n")
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """Ends as a rank does whose launcher reports and ends after it; returns what stands on the error stream."""
+
+    def launch(failure):
+        def main():
+            threading.Timer(0.05, launcher.stdin.close).start()
+            if failure is not None:
+                raise failure
+
+        reading, writing = os.pipe()
+        kept = os.dup(2)
+        os.dup2(writing, 2)
+        script = "import sys; sys.stdin.read(); print('A rank has failed.', file=sys.stderr)"
+        launcher = subprocess.Popen([sys.executable, "-S", "-c", script], stdin=subprocess.PIPE)
+        monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
+        try:
+            if failure is None:
+                ranks.run_as_rank(main)
+            else:
+                with pytest.raises(type(failure)):
+                    ranks.run_as_rank(main)
+        finally:
+            os.dup2(kept, 2)
+            os.close(writing)
+            os.close(kept)
+        with open(reading) as stream:
+            words = stream.read()  # until no process holds the stream open
+        assert launcher.wait() == 0
+        return words
+
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [
+        (ValueError("no\nsuch thing"), "error: ValueError: no such thing"),
+        (ranks.Stop(2, "error: wrong"), "error: wrong"),
+        (SystemExit("that is all"), "that is all"),
+    ],
+)
+def test_the_cause_is_said_again_after_the_launcher(launch, failure, line):
+    assert launch(failure) == f"A rank has failed.\n{line}\n"
+
+
+@pytest.mark.parametrize("failure", [None, SystemExit(0), SystemExit(3), KeyboardInterrupt()])
+def test_there_is_nothing_to_say_again(launch, failure):
+    assert launch(failure) == "A rank has failed.\n"
+
+
+def test_without_a_launcher_nothing_is_said_again(launch, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert launch(ValueError("no")) == "A rank has failed.\n"
+
+
+def test_one_rank_of_several_says_it_again(tmp_path, monkeypatch):
+    """The first to fail: the others fail because it has, or with the same words."""
+    for rank, is_first in ((1, True), (0, False), (1, False)):
+        folder = tmp_path / "attempt_0" / str(rank)
+        folder.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+        assert ranks._is_first_to_fail() is is_first
+
+
+def test_stop_says_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        ranks.stop(2, "not\n  possible")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: not possible\n"

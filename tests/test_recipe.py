@@ -11,6 +11,9 @@ from launch import launcher, load_script, warm_python
 from safetensors.torch import load_file
 from tiny import save_tiny_policy, tiny_tokenizer
 
+from trl_grpo_ext.checkpoints import checkpoints
+from trl_grpo_ext.runs import RUN_FILE, RunRecord, read_run
+
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "gsm8k.py"
@@ -59,6 +62,11 @@ def test_every_configuration_parses(recipe, config, tmp_path):
     assert recipe_args.bundle in recipe.BUNDLES
     assert training_args.generation_batch_size % training_args.num_generations == 0
     assert training_args.beta == 0.0
+    # as a run's record, it starts the same run
+    RunRecord(recipe_args.settings).write(tmp_path)
+    again = recipe.parse_arguments([f"--config={tmp_path / RUN_FILE}"])
+    assert again[0].settings == recipe_args.settings
+    assert again[2] == model_args
 
 
 def test_the_default_configuration(recipe):
@@ -156,11 +164,43 @@ def test_problems_of_a_file_are_split(recipe, tmp_path):
         (["--eval_items", "0"], 2, "--eval_items must be at least 1, got 0"),
         (["--resume_from_checkpoint", "latest"], 2, "there is no checkpoint in"),
         (["--resume_from_checkpoint", "nowhere"], 2, "'nowhere' is no whole checkpoint"),
+        (["--output_dir", "{folder}/bad.jsonl/out"], 2, "choose another --output_dir"),
         (["--reward_weights", "1", "2"], 2, "5 rewards"),
-        (["--no_such_option", "1"], 2, "no_such_option"),
+        (["--no_such_option", "1"], 2, "there is no option --no_such_option"),
+        (["--learing_rate", "1"], 2, "there is no option --learing_rate: did you mean --learning_rate?"),
+        (["--learing-rate=1"], 2, "did you mean --learning_rate?"),
+        (["--learning_rate", "1", "2"], 2, "'2' belongs to no option"),
+        (["--learning_rate", "fast"], 2, "--learning_rate/--learning-rate: invalid float value: 'fast'"),
+        (["--bundle", "gms8k"], 2, "invalid choice: 'gms8k' (choose from 'gsm8k', 'tag'): did you mean gsm8k?"),
+        (["--lr_scheduler_type", "linaer"], 2, "did you mean linear?"),
+        (
+            ["--config", "{folder}/misspelt.yaml"],
+            2,
+            "misspelt.yaml: there is no option 'train_itmes': did you mean train_",
+        ),
+        (
+            ["--config={folder}/choice.yaml"],
+            2,
+            "bundle: got 'gms8k', which is none of 'gsm8k', 'tag': did you mean gsm8k",
+        ),
+        (["--config", "{folder}/type.yaml"], 2, "max_steps: got 2.5, which is no int"),
+        (["--config"], 2, "--config: the file's name is missing"),
+        (["--config", "a.yaml", "--config", "b.yaml"], 2, "--config is there twice"),
+        (["--report_to", "wandb"], 2, "--report_to wandb: no such tracker is installed"),
+        (["--remove_unused_columns", "true"], 2, "would remove the answers"),
+        (["--use_vllm", "true"], 1, "Please install vLLM"),
+        (
+            ["--use_peft", "true", "--lora_target_modules", "no_such_layer"],
+            1,
+            "no_such_layer not found in the base model",
+        ),
     ],
 )
-def test_errors_are_one_line(recipe, tmp_path, capsys, arguments, status, message):
+def test_errors_are_one_line(recipe, tmp_path, capsys, monkeypatch, arguments, status, message):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    monkeypatch.setattr("trl.generation.vllm_generation.is_vllm_available", lambda: False)
+    for name, setting in (("misspelt", "train_itmes: 3"), ("choice", "bundle: gms8k"), ("type", "max_steps: 2.5")):
+        (tmp_path / f"{name}.yaml").write_text(f"use_cpu: true\nbf16: false\n{setting}\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
     (tmp_path / "unknown.yaml").write_text("use_cpu: true\nbf16: false\nno_such_option: 1\n")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
@@ -173,9 +213,72 @@ def test_errors_are_one_line(recipe, tmp_path, capsys, arguments, status, messag
     with pytest.raises(SystemExit) as stopped:
         recipe.main(["--output_dir", str(tmp_path / "out"), *arguments])
     assert stopped.value.code == status
-    last_line = capsys.readouterr().err.rstrip("\n").split("\n")[-1]
+    shown = capsys.readouterr().err
+    assert "usage:" not in shown
+    last_line = shown.rstrip("\n").split("\n")[-1]
     assert "error: " in last_line
     assert message in last_line
+
+
+def test_deepspeed_is_not_installed(recipe, tmp_path, capsys, monkeypatch):
+    """It is asked for by an option, or by a launch configuration, which sets the environment of the ranks."""
+    monkeypatch.setattr("trl_grpo_ext.arguments.is_deepspeed_available", lambda: False)
+    for arguments in (["--deepspeed", "zero.json"], []):
+        with pytest.raises(SystemExit) as stopped:
+            recipe.main(["--output_dir", str(tmp_path / "out"), *arguments])
+        assert stopped.value.code == 2
+        assert "error: DeepSpeed is not installed: install it" in capsys.readouterr().err.splitlines()[-1]
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+
+
+def test_two_runs_and_one_folder(recipe, tmp_path, capsys):
+    """A run starts in its own folder again, with its own record; another one neither starts there nor goes on."""
+    out = tmp_path / "out"
+    options = {"max_steps": 1, "save_steps": 1, "eval_items": 1, "eval_samples": 0, "max_completion_length": 8}
+    recipe.main(small(out, **options))
+    settings = read_run(out).settings
+    assert settings["model_name_or_path"] == "embedded"
+    assert read_run(out / "checkpoint-1").settings == settings
+
+    others = {"bundle": "tag", "learning_rate": 0.5, "max_completion_length": 9}
+    for resume in ((), ("--resume_from_checkpoint", "latest"), ("--resume_from_checkpoint", "auto")):
+        with pytest.raises(SystemExit) as stopped:
+            recipe.main([*small(out, **{**options, **others}), *resume])
+        assert stopped.value.code == 2
+        last_line = capsys.readouterr().err.rstrip("\n").split("\n")[-1]
+        assert "bundle 'gsm8k' -> 'tag', learning_rate 0.0002 -> 0.5, max_completion_length 8 -> 9" in last_line
+
+    (out / "checkpoint-1").rename(out / "checkpoint-7")  # a later one than this attempt makes
+    recipe.main(["--config", str(out / RUN_FILE)])
+    assert f"note: the same run was in '{out}'; this one starts afresh" in capsys.readouterr().err
+    assert set(checkpoints(out)) == {1}
+
+    recipe.main(["--config", str(out / RUN_FILE), "--resume_from_checkpoint", "auto", "--max_steps", "2"])
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
+    assert read_run(out).settings == {**settings, "max_steps": 2}
+
+
+def test_held_out_problems_are_evaluated_while_training(recipe, tmp_path):
+    """`--eval_strategy` is one of TRL's options, and works like others."""
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_items": 2,
+        "eval_samples": 0,
+        "max_completion_length": 8,
+    }
+    recipe.main(small(tmp_path, per_device_eval_batch_size=8, save_strategy="no", **options))
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "eval_reward" in entry] == [1, 2]
+
+
+@pytest.mark.slow
+def test_an_error_is_the_last_line_under_the_launcher():
+    result = run("--bundle", "gms8k", launcher=[str(Path(sys.executable).with_name("accelerate")), "launch"])
+    assert result.returncode != 0
+    assert "CalledProcessError" in result.stderr  # the launcher's own words
+    assert result.stderr.rstrip("\n").split("\n")[-1].endswith("did you mean gsm8k?")
 
 
 @pytest.mark.slow

@@ -103,18 +103,21 @@ def slurm(tmp_path):
 
 
 def test_slurm(slurm, tmp_path):
-    result, calls = slurm("train.sbatch", "--output_dir", tmp_path / "out")
+    arguments = ["--config", tmp_path / "run.yaml", f"--output_dir={tmp_path / 'out'}"]
+    result, calls = slurm("train.sbatch", *arguments)
     assert result.returncode == 0, result.stderr
     assert len(calls) == 3
     for rank, call in enumerate(calls):
         assert call == (
             "accelerate launch --config_file recipes/accelerate/multi_node.yaml --num_machines 3 --num_processes 12 "
             f"--machine_rank {rank} --main_process_ip a --main_process_port 20123 "
-            f"recipes/gsm8k.py --output_dir {tmp_path / 'out'}"
+            f"recipes/gsm8k.py --resume_from_checkpoint auto --config {tmp_path / 'run.yaml'} "
+            f"--output_dir={tmp_path / 'out'}"
         )
-    (tmp_path / "out" / "checkpoint-10").mkdir(parents=True)
-    calls = slurm("train.sbatch", "--output_dir", tmp_path / "out")[1]
-    assert sum("--resume_from_checkpoint latest" in call for call in calls) == 3
+    # the recipe looks for a checkpoint of the same run in the folder that its settings name; what is given goes before
+    calls = slurm("train.sbatch", "--resume_from_checkpoint", "some/checkpoint")[1]
+    ending = "gsm8k.py --resume_from_checkpoint auto --resume_from_checkpoint some/checkpoint"
+    assert sum(call.endswith(ending) for call in calls) == 3
 
 
 def test_slurm_with_vllm(slurm):

@@ -4,7 +4,7 @@ A run of a tiny model takes a second, and importing what it needs ten. So a test
 script in each program's place, `python warm.py PROGRAM ARGUMENTS...`. It asks the server for a process with its own
 arguments, environment, working folder, output and namespaces, passes signals on to it, and ends as that process does.
 All else is as users have it: the launcher's arguments, what it puts into the environment of its processes, and what it
-makes of their end. But the process's parent is the server.
+makes of their end. But the process's parent is the server, whatever `os.getppid` says there.
 
 The server, `python warm.py --serve DESCRIPTOR`, is given the socket on which it listens, and ends when its standard
 input does. What it imports must not look at a program's environment yet.
@@ -61,7 +61,8 @@ def ask_for(program):
     parent = os.getppid()
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(os.environ[SOCKET])
-    request = json.dumps({"program": program, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+    request = {"program": program, "environment": dict(os.environ), "folder": os.getcwd(), "parent": parent}
+    request = json.dumps(request).encode()
     namespaces = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name in NAMESPACES]
     socket.send_fds(connection, [struct.pack("!I", len(request))], [0, 1, 2, *namespaces])
     connection.sendall(request)
@@ -148,6 +149,7 @@ def become(request, descriptors):
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    os.getppid = lambda: request["parent"]  # a rank asks for its launcher
     sys.stdout.reconfigure(line_buffering=True)
     program = request["program"]
     sys.argv = program

@@ -4,11 +4,16 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -19,10 +24,24 @@ from .rollouts import FOLDER as ROLLOUTS
 
 logger = get_logger(__name__)
 
+if TYPE_CHECKING:
+    from .runs import RunRecord
+
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
-# Where a checkpoint is written before it gets its place. What begins with an underscore is not pushed to the hub.
+# Where a checkpoint is written before it gets its place: a folder of the trainer's own, because another one may be
+# saving into the same output folder. What begins with an underscore is not pushed to the hub.
 ASIDE = "_incomplete"
+SECONDS_UNTIL_ABANDONED = 3600
+# Where checkpoints of an earlier attempt lie until this one has written one.
+EARLIER = "_earlier"
+
+# Where weights and optimizer lie, as transformers, peft, FSDP and DeepSpeed name the files.
+WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    *("adapter_model.*", "*/adapter_model.*", "pytorch_model_fsdp_*/*", "global_step*/*model_states.pt"),
+)
+OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*/*", "rank*-optimizer.pt", "global_step*/*optim_states.pt")
 
 
 class CheckpointError(RuntimeError):
@@ -39,11 +58,29 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
 
 
+def find_missing(folder: Path, parts: Iterable[str] = ("weights",)) -> str | None:
+    """Which of the parts `"weights"`, `"optimizer"` and `"state"` is not in a checkpoint, as a sentence."""
+    patterns = {"weights": WEIGHTS, "optimizer": OPTIMIZER, "state": (STATE,)}
+    for part in parts:
+        if not any(path.is_file() for pattern in patterns[part] for path in folder.glob(pattern)):
+            what = {"weights": "are no weights", "optimizer": "is no optimizer", "state": f"is no {STATE}"}[part]
+            return f"there {what} in {folder}"
+    for index in sorted(folder.glob("*.index.json")) if "weights" in parts else ():
+        try:
+            files = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError):
+            return f"{index} cannot be read"
+        for name in sorted(files):
+            if not (folder / name).is_file():
+                return f"{folder / name} is missing"
+    return None
+
+
 def find_damage(folder: str | os.PathLike[str], *, with_rollouts: bool = True) -> str | None:
     """What a checkpoint lacks, as a sentence that names the file; `None` if it is whole.
 
-    A checkpoint without a manifest was written by another trainer: it is taken to be whole if the trainer's state is
-    there. So is one whose folder of rollouts has been deleted: the next step then generates.
+    A checkpoint without a manifest was written by another trainer: it is taken to be whole if the trainer's state and
+    weights are there. So is one whose folder of rollouts has been deleted: the next step then generates.
 
     Args:
         folder (`str` or `PathLike`):
@@ -56,7 +93,7 @@ def find_damage(folder: str | os.PathLike[str], *, with_rollouts: bool = True) -
         return f"{folder / STATE} is missing"
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        return None
+        return find_missing(folder)
     try:
         files = dict(json.loads(manifest.read_text())["files"])
     except (ValueError, KeyError, TypeError):
@@ -71,7 +108,16 @@ def find_damage(folder: str | os.PathLike[str], *, with_rollouts: bool = True) -
             return f"{path} is missing{remedy}"
         if path.stat().st_size != size:
             return f"{path} has {path.stat().st_size:,} bytes, and {size:,} were written{remedy}"
-    return None
+    return find_missing(folder)
+
+
+def checkpoints(output_dir: str | os.PathLike[str]) -> dict[int, Path]:
+    """The checkpoints in an output folder by their step, whole or not."""
+    return {
+        int(match[1]): path
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
+    }
 
 
 def whole_checkpoints(output_dir: str | os.PathLike[str]) -> tuple[dict[int, Path], list[str]]:
@@ -81,25 +127,36 @@ def whole_checkpoints(output_dir: str | os.PathLike[str]) -> tuple[dict[int, Pat
         `tuple[dict[int, Path], list[str]]`:
             Whole ones by their step, and what is wrong with the others.
     """
-    found = {
-        int(match[1]): path
-        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
-    }
+    found = checkpoints(output_dir)
     damages = {step: find_damage(path) for step, path in found.items()}
     whole = {step: path for step, path in found.items() if damages[step] is None}
     return whole, [damage for damage in damages.values() if damage is not None]
 
 
+def newest_whole_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole for every process, and what is wrong with others that this process sees.
+
+    Nodes may have a file system each: what counts is what all of them have. All processes call it together.
+    """
+    whole, damages = whole_checkpoints(output_dir)
+    steps = set.intersection(*map(set, gather_object([list(whole)])))
+    return (whole[max(steps)] if steps else None), damages
+
+
 class WholeCheckpointsMixin(OrderedMixin):
     """Checkpoints that are whole or not there, for any `trl.GRPOTrainer`; it goes before mixins that save themselves.
 
-    A checkpoint is written to the folder `_incomplete`, and renamed when every process has written its part: what a
-    killed run or a full disk leaves behind is never taken for a checkpoint. A manifest of its files and their sizes
-    tells a later loss. `train(resume_from_checkpoint=True)` goes on from the newest checkpoint that is whole on every
-    node, and says which ones it passed over; a folder that is named and not whole is refused.
+    A checkpoint is written to a folder `_incomplete-...` of this trainer's own, and renamed when every process has
+    written its part: what a killed run or a full disk leaves behind is never taken for a checkpoint. A manifest of its
+    files and their sizes tells a later loss; there is none unless weights, optimizer and trainer's state are among
+    them. `train(resume_from_checkpoint=True)` goes on from the newest checkpoint that is whole on every node, and says
+    which ones it passed over; a folder that is named and not whole is refused.
+
+    A trainer that is given a `run_record` writes it into each checkpoint: see [`trl_grpo_ext.runs.begin_run`].
     """
 
+    run_record: "RunRecord | None" = None
+    _aside_name: str | None = None
     _writes_aside = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -115,32 +172,37 @@ class WholeCheckpointsMixin(OrderedMixin):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _newest_whole_checkpoint(self) -> str:
-        folder = self.args.output_dir
-        whole, damages = whole_checkpoints(folder)
+        newest, damages = newest_whole_checkpoint(self.args.output_dir)
         for damage in damages:
             logger.warning(f"A checkpoint is passed over: {damage}.")
-        # Nodes may have a file system each: what counts is what all of them have.
-        steps = set.intersection(*map(set, gather_object([list(whole)])))
-        if not steps:
+        if newest is None:
             raise CheckpointError(
-                f"there is no whole checkpoint in {folder!r}"
+                f"there is no whole checkpoint in {self.args.output_dir!r}"
                 + (f" ({'; '.join(damages)})" if damages else "")
                 + ": start afresh with resume_from_checkpoint=None"
             )
-        return str(whole[max(steps)])
+        return str(newest)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
-        return os.path.join(folder, ASIDE) if self._writes_aside else folder
+        return os.path.join(folder, self._aside_folder()) if self._writes_aside else folder
+
+    def _aside_folder(self) -> str:
+        """The name of this trainer's folder for what is not whole yet, the same for all processes."""
+        if self._aside_name is None:
+            name = f"{ASIDE}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            self._aside_name = broadcast_object_list([name])[0]
+        return self._aside_name
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        aside, place = run_dir / ASIDE / name, run_dir / name
+        aside, place = run_dir / self._aside_folder() / name, run_dir / name
         writes_for_node = self.accelerator.is_local_main_process
         try:
             if writes_for_node:
-                shutil.rmtree(aside.parent, ignore_errors=True)  # what a killed run has left
+                remove_abandoned(run_dir)
+                shutil.rmtree(aside.parent, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             self._writes_aside = True
             try:
@@ -150,10 +212,10 @@ class WholeCheckpointsMixin(OrderedMixin):
             self._correct_best_checkpoint(aside, place)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                _put_in_place(aside, place)
+                self._put_in_place(aside, place)
             self.accelerator.wait_for_everyone()
             if writes_for_node and aside.exists():  # a node with a file system of its own
-                _put_in_place(aside, place)
+                self._put_in_place(aside, place)
         except Exception as error:
             if is_lost_connection(error):  # it is another rank that could not write
                 raise
@@ -166,6 +228,8 @@ class WholeCheckpointsMixin(OrderedMixin):
                 + ": see that there is room in that folder, and resume"
             ) from error
         self.accelerator.wait_for_everyone()
+        if writes_for_node:
+            shutil.rmtree(run_dir / EARLIER, ignore_errors=True)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(place))
         if self.args.should_save:
@@ -175,6 +239,25 @@ class WholeCheckpointsMixin(OrderedMixin):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _put_in_place(self, aside: Path, place: Path) -> None:
+        """Write the manifest and rename, in place of what is there."""
+        if self.args.should_save:  # else this node's part has neither weights nor the trainer's state
+            missing = find_missing(aside, ["weights", "state", *(["optimizer"] if self._saves_optimizer() else [])])
+            if missing is not None:
+                raise FileNotFoundError(missing)
+        if self.run_record is not None:
+            self.run_record.write(aside)
+        write_manifest(aside)
+        if place.exists():
+            os.rename(place, aside.with_name(f"replaced-{place.name}"))
+        os.rename(aside, place)
+        shutil.rmtree(aside.parent, ignore_errors=True)
+
+    def _saves_optimizer(self) -> bool:
+        """Whether the optimizer has files of its own; without ZeRO, DeepSpeed has it in those of the model."""
+        zero_stage = getattr(self.model_wrapped, "zero_optimization_stage", None)
+        return not self.args.save_only_model and (zero_stage is None or zero_stage() > 0)
 
     def _correct_best_checkpoint(self, aside: Path, place: Path) -> None:
         """Where this checkpoint is the best one so far, let its state say where it will lie."""
@@ -189,10 +272,37 @@ class WholeCheckpointsMixin(OrderedMixin):
             super()._push_from_checkpoint(checkpoint_folder)
 
 
-def _put_in_place(aside: Path, place: Path) -> None:
-    """Write the manifest and rename, in place of what is there."""
-    write_manifest(aside)
-    if place.exists():
-        os.rename(place, aside.with_name(f"replaced-{place.name}"))
-    os.rename(aside, place)
-    shutil.rmtree(aside.parent, ignore_errors=True)
+def remove_abandoned(run_dir: Path) -> None:
+    """Remove what trainers that are gone have left of checkpoints they were writing.
+
+    On this machine a trainer is gone when its process is. On another one it is taken to be gone when it has written
+    nothing for an hour. A folder that names no trainer is of nobody who is running.
+    """
+    for folder in run_dir.glob(f"{ASIDE}*"):
+        owner = re.fullmatch(rf"{ASIDE}-(.+)-(\d+)-\w+", folder.name)
+        if owner is None:
+            is_abandoned = True
+        elif owner[1] == socket.gethostname():
+            is_abandoned = not _is_running(int(owner[2]))
+        else:
+            is_abandoned = _newest_change(folder) < time.time() - SECONDS_UNTIL_ABANDONED
+        if is_abandoned:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _newest_change(folder: Path) -> float:
+    times = [0.0]
+    for path in [folder, *folder.rglob("*")]:
+        with suppress(OSError):  # it has just been removed
+            times.append(path.stat().st_mtime)
+    return max(times)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from datetime import timedelta
 from inspect import unwrap
 from pathlib import Path
 from types import CodeType
@@ -20,6 +21,7 @@ import torch
 import trl
 from accelerate.utils import DynamoBackend, is_compiled_module
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -409,3 +411,9 @@ def forward_inputs(micro_batch: dict[str, Any]) -> tuple[tuple[torch.Tensor, tor
     mask = torch.cat([micro_batch["prompt_mask"], micro_batch["completion_mask"]], dim=1)
     images = {name: micro_batch[name] for name in IMAGE_INPUTS if micro_batch.get(name) is not None}
     return (ids, mask, micro_batch["completion_ids"].size(1)), images
+
+
+def bound_collective_calls(timeout: timedelta) -> None:
+    """Let the calls of every group of processes give up after so long, also of groups that others have made."""
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timeout, group)

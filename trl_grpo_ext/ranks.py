@@ -2,13 +2,15 @@
 
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -17,10 +19,31 @@ from transformers import TrainerCallback
 
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_FOR_THE_FIRST = 2.0
+# In which a launcher whose rank has failed ends: it gives the other ranks 30 s.
+SECONDS_FOR_THE_LAUNCHER = 60
+
+
+class Stop(SystemExit):
+    """What [`stop`] ends a process with."""
+
+    def __init__(self, status: int, line: str) -> None:
+        super().__init__(status)
+        self.line = line
+
+
+def stop(status: int, message: object) -> NoReturn:
+    """End with one line on the error stream, and an exit status other than 0."""
+    line = f"error: {_one_line(message)}"
+    print(line, file=sys.stderr, flush=True)
+    raise Stop(status, line)
 
 
 def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
     """Call the main function of a script that a launcher starts once for each rank; a lone process just calls it.
+
+    The line that says why a process ends is the last one on the screen: a launcher reports in a dozen lines of its own
+    that a rank has failed, so the rank leaves a small process behind, which waits for the launcher's end (a minute at
+    most), says the line again, and ends.
 
     Among several processes
 
@@ -37,18 +60,27 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
         *arguments:
             What it is called with.
     """
+    launcher = os.getppid()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        main(*arguments)
+        try:
+            main(*arguments)
+        except SystemExit as stopped:
+            _repeat_after(launcher, _line_of(stopped))
+            raise
+        except Exception as error:
+            _repeat_after(launcher, f"error: {type(error).__name__}: {_one_line(error)}")
+            raise
         return
-    threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_launcher, args=(launcher,), daemon=True).start()
     error_handler = get_error_handler()
     error_handler.initialize()
-    status = 0
+    status, last_words = 0, None
     try:
         main(*arguments)
     except SystemExit as stopped:
         if isinstance(stopped.code, str):
             print(stopped.code, file=sys.stderr)
+        last_words = _line_of(stopped)
         status = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     except BaseException as error:
         if is_lost_connection(error):
@@ -56,9 +88,11 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
             time.sleep(SECONDS_FOR_THE_FIRST)
         else:
             traceback.print_exc()
-            _report(f"{type(error).__name__}: {error}")
+            last_words = _report(f"{type(error).__name__}: {_one_line(error)}")
         error_handler.record_exception(error)  # where the launcher looks for it
         status = 1
+    if last_words is not None and _is_first_to_fail():
+        _repeat_after(launcher, last_words)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -73,9 +107,10 @@ class BoundCollectiveCalls(TrainerCallback):
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
+        from .compat import bound_collective_calls  # here, because it imports TRL, and ranks that only end need not
+
         if distributed.is_initialized():
-            for group in list(distributed.distributed_c10d._world.pg_map):
-                distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=args.ddp_timeout), group)
+            bound_collective_calls(timedelta(seconds=args.ddp_timeout))
 
 
 def is_lost_connection(error: BaseException) -> bool:
@@ -90,6 +125,62 @@ def _end_with_launcher(launcher: int) -> None:
     os._exit(1)
 
 
-def _report(cause: str) -> None:
+def _report(cause: str) -> str:
     rank = os.environ.get("RANK", "?")
-    print(f"error: rank {rank} on {socket.gethostname()} ends: {cause}", file=sys.stderr, flush=True)
+    line = f"error: rank {rank} on {socket.gethostname()} ends: {cause}"
+    print(line, file=sys.stderr, flush=True)
+    return line
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def _line_of(stopped: SystemExit) -> str | None:
+    """What a process says that ends by itself, if it says anything."""
+    if isinstance(stopped, Stop):
+        return stopped.line
+    return stopped.code if isinstance(stopped.code, str) else None
+
+
+def _is_first_to_fail() -> bool:
+    """Whether no other rank of this launcher has asked so far; they share the folder of their launcher's files."""
+    try:
+        (Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parent.parent / "failed").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except (KeyError, OSError):
+        pass
+    return True
+
+
+# A process of its own, because a launcher ends the groups of its ranks; it holds the error stream open, so that
+# whoever reads that to its end reads this line too.
+_REPEAT = """
+import select, sys
+line, launcher, end = sys.stdin.buffer.read(), int(sys.argv[1]), select.poll()
+end.register(launcher, select.POLLIN)
+if end.poll(1000 * int(sys.argv[2])):
+    sys.stderr.buffer.write(line)
+"""
+
+
+def _repeat_after(launcher: int, line: str | None) -> None:
+    """Say a line again when the process `launcher` has ended, if it is one; a shell, for one, is not."""
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if line is None or not is_launched or os.getppid() != launcher:
+        return
+    try:
+        handle = os.pidfd_open(launcher)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _REPEAT, str(handle), str(SECONDS_FOR_THE_LAUNCHER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[handle],
+            start_new_session=True,
+        )
+    except (AttributeError, OSError):
+        return  # not on Linux, or no process can be started: the line has been said once
+    assert process.stdin is not None
+    with process.stdin:
+        process.stdin.write(f"{line}\n".encode())

@@ -1,17 +1,9 @@
 # Sourced by the job scripts. `start_training NODELIST NUM_NODES ARGUMENTS` starts the recipe on these nodes, and returns
-# its exit status.
+# its exit status. The recipe knows which run it is, and whether there is a checkpoint of it to go on from.
 
 start_training() {
-  local nodelist="$1" num_nodes="$2" launch="${LAUNCH:-recipes/accelerate/multi_node.yaml}" output_dir="" previous=""
+  local nodelist="$1" num_nodes="$2" launch="${LAUNCH:-recipes/accelerate/multi_node.yaml}"
   shift 2
-  for argument in "$@"; do
-    [ "$previous" = --output_dir ] && output_dir="$argument"
-    previous="$argument"
-  done
-  local resume=()
-  if [ -n "$output_dir" ] && compgen -G "$output_dir/checkpoint-*" >/dev/null; then
-    resume=(--resume_from_checkpoint latest)
-  fi
   MAIN_NODE="$(scontrol show hostnames "$nodelist" | head -n 1)"
   # The port depends on the job, so that two jobs may share a node.
   MAIN_PORT="$((20000 + SLURM_JOB_ID % 10000))"
@@ -20,5 +12,5 @@ start_training() {
   srun --nodes "$num_nodes" --ntasks "$num_nodes" --ntasks-per-node 1 --nodelist "$nodelist" --kill-on-bad-exit 1 \
     bash -c 'exec accelerate launch --config_file "$1" --num_machines "$2" --num_processes "$(($2 * SLURM_GPUS_ON_NODE))" \
       --machine_rank "$SLURM_PROCID" --main_process_ip "$MAIN_NODE" --main_process_port "$MAIN_PORT" \
-      recipes/gsm8k.py "${@:3}"' _ "$launch" "$num_nodes" "$@" ${resume[@]+"${resume[@]}"}
+      recipes/gsm8k.py "${@:3}"' _ "$launch" "$num_nodes" --resume_from_checkpoint auto "$@"
 }

@@ -76,6 +76,10 @@ def test_a_rank_whose_reward_raises(policy, tmp_path):
     root_cause = result.stderr[result.stderr.index("Root Cause") :]
     assert "rank      : 1" in root_cause
     assert "ZeroDivisionError: this reward cannot divide" in root_cause
+    # and so does the rank: it is the last thing on the screen
+    last_line = result.stderr.rstrip("\n").split("\n")[-1]
+    assert last_line.startswith("error: rank 1 on")
+    assert last_line.endswith("ends: ZeroDivisionError: this reward cannot divide")
 
 
 def is_running(pid: int) -> bool:

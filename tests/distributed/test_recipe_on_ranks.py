@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from trl_grpo_ext.embedded_policy import embedded_policy_path
+from trl_grpo_ext.runs import read_run
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -40,6 +41,7 @@ def test_zero(tmp_path, config):
         train_items=64,
     )
     assert summary["processes"] == 2
+    assert read_run(tmp_path).settings["eval_items"] == 7
     assert summary["accuracy"]["before"]["items"] == summary["accuracy"]["after"]["items"] == 7
     # what is saved at the end is a whole model, and another one than at the start
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

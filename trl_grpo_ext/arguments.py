@@ -1,0 +1,111 @@
+"""A script's options, parsed as TRL does: what is wrong is said in one line, which suggests the nearest name."""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import Field, fields
+from typing import Any, NoReturn
+
+from accelerate.utils import is_deepspeed_available
+from trl import TrlParser
+from yaml import YAMLError
+
+
+class ArgumentError(ValueError):
+    """Options that cannot be had; the message is one line."""
+
+
+class OneLineParser(TrlParser):
+    """TRL's parser, which raises [`ArgumentError`] instead of printing how a script with 230 options is used.
+
+    Attributes:
+        given (`dict[str, Any]`):
+            After parsing: each option's value as it was asked for, on the command line, in the file or by default;
+            before the dataclasses fill in what depends on the machine and the number of processes.
+    """
+
+    given: dict[str, Any]
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)", message)
+        if choice is not None:
+            message += suggestion(choice[1], [name.strip(" '") for name in choice[2].split(",")])
+        raise ArgumentError(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        parsed, remaining = super().parse_known_args(args, namespace)
+        self.given = dict(vars(parsed))
+        self._check_values()
+        return parsed, remaining
+
+    def _check_values(self) -> None:
+        """Hold values from a file against what the command line takes: TRL's parser looks at their names alone."""
+        uses_deepspeed = self.given.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        if uses_deepspeed and not is_deepspeed_available():  # else transformers fails in the middle of something
+            raise ArgumentError(
+                "DeepSpeed is not installed: install it (pip install deepspeed), or choose a launch configuration "
+                "without it"
+            )
+        for item in self._fields():
+            value, choices = self.given[item.name], item.metadata.get("choices")
+            if value is None:
+                continue
+            if choices is not None and value not in choices:
+                listed, nearest = ", ".join(map(repr, choices)), suggestion(str(value), map(str, choices))
+                raise ArgumentError(f"{item.name}: got {value!r}, which is none of {listed}{nearest}")
+            for kind, types in ((int, int), (float, (int, float)), (bool, bool)):
+                if item.type is kind and not isinstance(value, types):
+                    raise ArgumentError(f"{item.name}: got {value!r}, which is no {kind.__name__}")
+
+    def _fields(self) -> list[Field]:
+        return [item for kind in self.dataclass_types for item in fields(kind) if item.init]
+
+    def parse_script(self, arguments: Sequence[str], ignore: Iterable[str] = ()) -> tuple[Any, ...]:
+        """The dataclasses, from the command line and the file that `--config` names there.
+
+        Args:
+            arguments (`Sequence[str]`):
+                The command line.
+            ignore (`Iterable[str]`):
+                Keys of the file that are no options.
+        """
+        arguments = [part for argument in arguments for part in _split_config(argument)]
+        if arguments.count("--config") > 1:
+            raise ArgumentError("--config is there twice: name one file")
+        if arguments[-1:] == ["--config"]:
+            raise ArgumentError("--config: the file's name is missing")
+        try:
+            *parsed, in_file, on_command_line = self.parse_args_and_config(
+                arguments, return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except YAMLError as error:
+            raise ArgumentError(f"{_file_of(arguments)}: {error}") from error
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+            raise ArgumentError(str(error)) from error
+        names = {item.name for item in self._fields()}
+        for option in on_command_line:
+            name = option.partition("=")[0].lstrip("-").replace("-", "_")
+            if option.startswith("--"):
+                raise ArgumentError(f"there is no option {option.partition('=')[0]}{suggestion(name, names, '--')}")
+            raise ArgumentError(f"{option!r} belongs to no option")
+        for option in in_file[::2]:
+            name = option.removeprefix("--")
+            if name not in ignore:
+                raise ArgumentError(f"{_file_of(arguments)}: there is no option {name!r}{suggestion(name, names)}")
+        return tuple(parsed)
+
+
+def suggestion(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """The nearest of the names, as the end of a sentence; nothing if none is near."""
+    nearest = difflib.get_close_matches(name, list(names), n=1)
+    return f": did you mean {prefix}{nearest[0]}?" if nearest else ""
+
+
+def _split_config(argument: str) -> list[str]:
+    """TRL's parser knows `--config FILE`; other options may be written `--option=VALUE` as well."""
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def _file_of(arguments: Sequence[str]) -> str:
+    return arguments[list(arguments).index("--config") + 1]
