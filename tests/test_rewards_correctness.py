@@ -150,7 +150,7 @@ def test_numerically_equal(a, b, equal):
         (r"-\frac{3}{4}", Fraction(-3, 4)),
         (r"\boxed{72}", 72),
         (r"$\boxed{\frac{3}{4}}$", Fraction(3, 4)),
-        (r"\(72\)", 72),
+        (r"\( 72 \)", 72),
         # numbers are in there, and it is something else
         (r"\sqrt{13}", None),
         (r"\frac56", None),

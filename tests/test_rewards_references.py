@@ -18,6 +18,7 @@ from trl_grpo_ext.rewards import (
     reference_to_text,
     tag_bundle,
 )
+from trl_grpo_ext.rewards.references import is_missing
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,17 @@ from trl_grpo_ext.rewards import (
 )
 def test_reference_to_text(value, text):
     assert reference_to_text(value) == text
+
+
+@pytest.mark.parametrize("value", [None, "", " \n", float("nan"), Decimal("NaN"), Decimal("sNaN"), pd.NA, pd.NaT])
+def test_cells_that_hold_nothing(value):
+    assert is_missing(value) is True
+    check_references(tag_bundle(), [{"answer": value}, {"answer": "72"}])
+
+
+@pytest.mark.parametrize("value", ["x", 0, False, float("inf"), [], ["72"], np.array([1, 2]), "#### "])
+def test_cells_that_hold_something_else_than_a_reference(value):
+    assert is_missing(value) is False
 
 
 def tagged(answer):
