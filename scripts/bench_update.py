@@ -288,7 +288,7 @@ def run_update(
     computed: list[int] = []
     trainer.model.register_forward_hook(
         lambda module, positional, named, output: (
-            computed.append(named["input_ids"].numel()) if torch.is_grad_enabled() else None
+            computed.append(named["input_ids"].numel()) if module.training and torch.is_grad_enabled() else None
         ),
         with_kwargs=True,
     )

@@ -8,6 +8,7 @@ import torch
 from canned import ROWS, canned_config, canned_prompts, relative_difference, train_canned
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
@@ -185,6 +186,19 @@ def test_dropout_takes_the_forward(policy, start, tmp_path):
     assert dropped.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5)
     kept = run(PaddedTrainer, policy, tmp_path / "c", peft_config=LoraConfig(r=2, init_lora_weights=False), **options)
     assert forwards(kept, False) == []
+
+
+def test_randomness_without_a_name_takes_the_forward(policy, tmp_path, monkeypatch):
+    """Dropout in a function, which neither a module nor a configuration tells of."""
+    plain = Qwen2MLP.forward
+    monkeypatch.setattr(
+        Qwen2MLP, "forward", lambda self, states: torch.nn.functional.dropout(plain(self, states), 0.5, self.training)
+    )
+    options = {"num_iterations": 2, "max_steps": 2}
+    expected = run(GRPOTrainer, policy, tmp_path / "theirs", **options)
+    ours = run(PaddedTrainer, policy, tmp_path / "ours", GRPOExtConfig, skip_zero_advantage=False, **options)
+    assert ours.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5)
+    assert forwards(ours, False) == forwards(expected, False)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
