@@ -54,6 +54,17 @@ def reward_that_fails(prompts, completion_ids, **kwargs):
     raise ZeroDivisionError("this reward cannot divide")
 
 
+def with_images_on(rank: int, trainer_class: type) -> type:
+    """A trainer whose micro-batches on one process say how many images they have, as if there were any."""
+
+    class Seeing(trainer_class):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            return {**output, "num_images": [0] * len(inputs)} if rank == RANK else output
+
+    return Seeing
+
+
 def offload_device(offload: Any) -> str:
     """Where DeepSpeed's configuration says that something is kept: "cpu", or "none" for where it would be anyway."""
     return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
@@ -100,13 +111,16 @@ def leave_behind(run: Run, folder: Path) -> None:
 def train(settings: dict[str, Any], callbacks: Sequence[TrainerCallback]) -> Run:
     options = {"peft_config": LoraConfig(r=2, init_lora_weights=False)} if settings.get("lora") else {}
     classes = (GRPOTrainer, GRPOConfig) if settings.get("trainer") == "trl" else (GRPOExtTrainer, GRPOExtConfig)
+    trainer_class = classes[0]
+    if "images_on" in settings:
+        trainer_class = with_images_on(settings["images_on"], trainer_class)
     callbacks = [*callbacks, BoundCollectiveCalls()]
     if RANK in settings.get("kill_ranks", [RANK]) and "kill_at" in settings:
         callbacks.append(Kill(settings["kill_at"]))
     if RANK in settings.get("stay_ranks", [RANK]) and "stay_at" in settings:
         callbacks.append(Stay(settings["stay_at"]))
     run = train_canned(
-        classes[0],
+        trainer_class,
         canned_config(settings["output_dir"], classes[1], **settings["options"]),
         settings["policy"],
         kinds=settings.get("kinds", KINDS),

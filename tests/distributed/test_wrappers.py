@@ -136,3 +136,20 @@ def test_bf16(policy, tmp_path, config, options, stage):
         ours = ran_on(tmp_path / "ext" / name)
         assert (ours["processes"], ours["wrapper"], ours["packs"]) == (2, "DeepSpeedEngine", True)
         assert (ours["sharding"]["stage"], ours["sharding"]["dtype"]) == (stage, "torch.bfloat16")
+
+
+def test_processes_with_and_without_images(policy, tmp_path):
+    """Whether TRL's loss is computed, with its collective calls, or ours is decided by all of them together."""
+    runs = [
+        {
+            "options": {**COMMON, **SGD},
+            "images_on": 1,
+            "policy": policy,
+            "trainer": trainer,
+            "output_dir": str(tmp_path / trainer),
+        }
+        for trainer in ("trl", "ext")
+    ]
+    run_all(tmp_path, launcher("ddp_cpu.yaml"), runs)
+    check(tmp_path / "ext", tmp_path / "trl", 1e-5)
+    assert "update/rows_skipped" not in ran_on(tmp_path / "ext")["log"][0]
