@@ -115,8 +115,8 @@ def test_gsm8k_in_files_as_they_come(tmp_path):
     lines[0] = lines[0].replace("{", '{"id": ' + "9" * 5_000 + ", ", 1)  # longer than `int` reads
     content = "\r\n".join(lines).encode("utf-8-sig")
     (tmp_path / "bom.jsonl").write_bytes(content)
-    (tmp_path / "zipped.jsonl.gz").write_bytes(gzip.compress(content))
-    (tmp_path / "zipped.jsonl").write_bytes(gzip.compress(content))
+    (tmp_path / "zipped.jsonl.gz").write_bytes(gzip.compress(content, mtime=0))
+    (tmp_path / "zipped.jsonl").write_bytes(gzip.compress(content, mtime=0))
     for name in ("bom.jsonl", "zipped.jsonl.gz", "zipped.jsonl"):
         check(load_gsm8k(str(tmp_path / name)))
     (tmp_path / "folder").mkdir()
@@ -137,9 +137,9 @@ def test_gsm8k_reads_a_marker_without_a_space(tmp_path):
     [
         ("empty.jsonl", b"", "has no rows"),
         ("blank.jsonl", b"\xef\xbb\xbf\n \n", "has no rows"),
-        ("empty.jsonl.gz", gzip.compress(b""), "has no rows"),
-        ("cut.jsonl.gz", gzip.compress(b"x" * 100)[:-6], "not a whole gzip file"),
-        ("broken.jsonl.gz", gzip.compress(b"x" * 100)[:12] + b"\xff" * 40, "not a whole gzip file"),
+        ("empty.jsonl.gz", gzip.compress(b"", mtime=0), "has no rows"),
+        ("cut.jsonl.gz", gzip.compress(b"x" * 100, mtime=0)[:-6], "not a whole gzip file"),
+        ("broken.jsonl.gz", gzip.compress(b"x" * 100, mtime=0)[:12] + b"\xff" * 40, "not a whole gzip file"),
         ("surrogate.jsonl", b'\n{"question": "\xed\xa0\x80", "answer": "#### 1"}', "line 2: not a text in UTF-8"),
         ("empty.parquet", b"", "not a parquet file"),
         ("broken.parquet", b"PAR1 and so on, and so on PAR1", "not a parquet file"),

@@ -124,6 +124,7 @@ def check_settings(args: GRPOConfig) -> None:
 _INDIFFERENT_TO_ROLLOUTS = frozenset(
     {
         *("trust_remote_code", "num_generations_eval", "ds3_gather_for_generation", "save_rollouts", "target_kl"),
+        "check_references",
         *("log_completions", "log_multimodal", "num_completions_to_print", "log_unique_prompts"),
         *("log_completions_hub_repo", "vllm_server_base_url", "vllm_server_host", "vllm_server_port"),
         *("vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"),
