@@ -4,9 +4,10 @@ import inspect
 
 import pytest
 from datasets import Dataset, IterableDataset
-from tiny import CHAT_TEMPLATE, save_tiny_reward_model, tiny_model, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, save_tiny_policy, save_tiny_reward_model, tiny_model, tiny_tokenizer
 from trl import GRPOConfig, GRPOTrainer
 
+import trl_grpo_ext.trainer as trainer_module
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from trl_grpo_ext.rewards import (
     correctness_reward_func,
@@ -61,6 +62,14 @@ def test_arguments_stand_where_trls_do(tmp_path):
     assert trainer.processing_class is tokenizer
     with pytest.raises(TypeError, match="no_such_argument"):
         GRPOExtTrainer(tiny_model(), gsm8k_bundle(), config(tmp_path), no_such_argument=1)
+
+
+def test_a_run_without_arguments_is_named_after_its_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "GRPOExtConfig", lambda name: config(tmp_path / name))
+    trainer = GRPOExtTrainer(
+        save_tiny_policy(tmp_path / "policy"), tag_bundle(), train_dataset=load_arithmetic("train", 8)
+    )
+    assert trainer.args.output_dir == str(tmp_path / "policy-GRPO")
 
 
 def test_arguments_of_another_trainers_own_reach_it(tmp_path):
