@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
@@ -23,9 +23,6 @@ from .rollouts import FOLDER as ROLLOUTS
 
 
 logger = get_logger(__name__)
-
-if TYPE_CHECKING:
-    from .runs import RunRecord
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
@@ -143,6 +140,13 @@ def newest_whole_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | 
     return (whole[max(steps)] if steps else None), damages
 
 
+class Record(Protocol):
+    """What is noted of a run, see [`~trl_grpo_ext.runs.RunRecord`]."""
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write it into a folder."""
+
+
 class WholeCheckpointsMixin(OrderedMixin):
     """Checkpoints that are whole or not there, for any `trl.GRPOTrainer`; it goes before mixins that save themselves.
 
@@ -155,7 +159,7 @@ class WholeCheckpointsMixin(OrderedMixin):
     A trainer that is given a `run_record` writes it into each checkpoint: see [`trl_grpo_ext.runs.begin_run`].
     """
 
-    run_record: "RunRecord | None" = None
+    run_record: Record | None = None
     _aside_name: str | None = None
     _writes_aside = False
 
