@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from datetime import timedelta
+from functools import cache
 from inspect import unwrap
 from pathlib import Path
 from types import CodeType
@@ -161,12 +162,12 @@ def unknown_loss_options(trainer: GRPOTrainer) -> list[str]:
     return sorted(changed)
 
 
-def _names_in(code: CodeType) -> set[str]:
-    names = set(code.co_names) | {constant for constant in code.co_consts if isinstance(constant, str)}
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= _names_in(constant)
-    return names
+@cache
+def _names_in(code: CodeType) -> frozenset[str]:
+    """Attributes, globals and string constants of a function and of those defined in it."""
+    names = {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}
+    inner = (_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return frozenset(names.union(*inner))
 
 
 def is_clipped_objective(trainer: GRPOTrainer) -> bool:
