@@ -1,6 +1,7 @@
 """Training on rollouts that are made up beforehand: generation costs nothing, and two trainers see the same rows."""
 
 import random
+import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -160,23 +161,13 @@ def train_canned(
 
 def note_forwards(trainer, forwards: list[Forward]) -> None:
     """Note what the policy computes for training; not the made-up rows from which trainers learn about a model."""
-    logps = trainer._get_per_token_logps_and_entropies
-    is_asked_for = False
-
-    def noted_logps(*args, **kwargs):
-        nonlocal is_asked_for
-        is_asked_for = True
-        try:
-            return logps(*args, **kwargs)
-        finally:
-            is_asked_for = False
 
     def note(module, positional, named):
-        if is_asked_for and module.training:
+        callers = {frame.f_code.co_name for frame, _ in traceback.walk_stack(None)}
+        if module.training and "_draws_random_numbers" not in callers:
             ids = named["input_ids"]
             forwards.append(Forward(len(ids), ids.numel(), torch.is_grad_enabled()))
 
-    trainer._get_per_token_logps_and_entropies = noted_logps
     trainer.model.register_forward_pre_hook(note, with_kwargs=True)
 
 

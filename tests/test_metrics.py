@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from trl_grpo_ext.metrics import FIELDS, LeftOut, Statistics, micro_batch_statistics
-from trl_grpo_ext.passes import PassStatistics, can_stop, exceeds_target
+from trl_grpo_ext.metrics import FIELDS, LeftOut, Statistics, micro_batch_statistics, nothing_seen
+from trl_grpo_ext.passes import PassStatistics, can_shorten, can_stop, exceeds_target
 
 
 ROWS, COLUMNS = 5, 6
@@ -199,3 +199,19 @@ def test_the_target_is_for_a_token(kl, tokens, target_kl, stops):
 )
 def test_passes_in_one_optimizer_step_cannot_stop(passes, micro_batches, accumulation, possible):
     assert can_stop(passes, micro_batches, accumulation) == possible
+
+
+@pytest.mark.parametrize(
+    ("passes", "micro_batches", "accumulation", "possible"),
+    [(2, 1, 1, False), (2, 2, 2, False), (2, 4, 4, False), (3, 1, 1, True), (2, 2, 1, True), (2, 3, 2, True)],
+)
+def test_a_pass_is_left_to_be_given_up(passes, micro_batches, accumulation, possible):
+    assert can_shorten(passes, micro_batches, accumulation) == possible
+
+
+def test_nothing_seen_changes_nothing():
+    seen = statistics_of(made_up(0, True))
+    both = Statistics(torch.stack([seen, nothing_seen(seen.device)]))
+    alone = Statistics(seen.unsqueeze(0))
+    assert both.of_trl(True) == alone.of_trl(True)
+    assert both.of_iteration() == alone.of_iteration()

@@ -381,6 +381,21 @@ def test_resuming_a_stream_in_a_later_epoch(policy, tmp_path, monkeypatch):
     assert longer.exact_grad_norms[:4] == straight.exact_grad_norms[6:]
 
 
+def test_rollouts_that_a_file_cannot_hold(policy, tmp_path, caplog):
+    """A checkpoint is without them, and the run goes on; resumed, it generates."""
+
+    class WithSources(GRPOExtTrainer):
+        def _generate_and_score_completions(self, inputs):
+            return {**super()._generate_and_score_completions(inputs), "sources": [{1, 2}] * len(inputs)}
+
+    args = {"num_iterations": 3, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    train_canned(WithSources, canned_config(tmp_path, GRPOExtConfig, **args), policy)
+    assert "which hold what a file cannot (sources: [{1, 2}" in caplog.text
+    assert not (tmp_path / "checkpoint-1" / FOLDER).exists()
+    resumed = train(policy, tmp_path, (3, 1, 1), resume=str(tmp_path / "checkpoint-1"), max_steps=3)
+    assert resumed.trainer.rollout_func.num_calls == 1
+
+
 class Terminate(TrainerCallback):
     """As if SIGTERM had come, and its time had passed, while a step was computed."""
 

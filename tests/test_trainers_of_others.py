@@ -1,5 +1,6 @@
 """The mixins under and over trainers that others write: what they change is seen, and trained as TRL would have."""
 
+import functools
 import gc
 import inspect
 from types import SimpleNamespace
@@ -127,23 +128,6 @@ def test_what_trls_loss_reads_is_known():
 # Log-probabilities
 
 
-class TeacherInTheLoss(GRPOTrainer):
-    """A distillation term whose teacher is asked after the policy."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.teacher = tiny_model(seed=7)
-
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        output = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        if torch.is_grad_enabled() and model is not self.teacher:
-            self.asked = (
-                self.teacher(input_ids=args[0]).logits.mean()
-                + super()._get_per_token_logps_and_entropies(model, *args, **kwargs)[0].mean()
-            )
-        return output
-
-
 class Sharpened(GRPOTrainer):
     """Log-probabilities that are changed behind the forward."""
 
@@ -158,18 +142,41 @@ class SharpenedOutside(GRPOExtTrainer):
         return (1.7 * logps, *others)
 
 
-class TeacherAfterThePolicy(MultiIterationMixin, SharedPrefixMixin, TeacherInTheLoss):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("theirs", "ours"), [(Sharpened, SharpenedOutside), (TeacherInTheLoss, TeacherAfterThePolicy)]
-)
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo"])  # ours, and TRL's
-def test_old_log_probabilities_are_those_of_the_loss(policy, start, tmp_path, theirs, ours, loss_type):  # noqa: F811
-    expected = run(theirs, policy, tmp_path / "theirs", loss_type=loss_type, **SCHEDULE)
-    actual = run(ours, policy, tmp_path / "ours", loss_type=loss_type, **SCHEDULE)
+def test_log_probabilities_that_a_subclass_changes(policy, start, tmp_path, loss_type):  # noqa: F811
+    expected = run(Sharpened, policy, tmp_path / "theirs", loss_type=loss_type, **SCHEDULE)
+    actual = run(SharpenedOutside, policy, tmp_path / "ours", loss_type=loss_type, **SCHEDULE)
     assert_same_training(actual, expected, start)
+
+
+def rounded_without_gradient(self, *args, **kwargs):
+    logps, *others = super(type(self), self)._get_per_token_logps_and_entropies(*args, **kwargs)
+    return (logps if torch.is_grad_enabled() else logps.mul(2).round() / 2, *others)
+
+
+def test_log_probabilities_that_differ_without_a_gradient(policy, start, tmp_path):  # noqa: F811
+    """The first pass does not have what the forward at generation would have given."""
+    name, options = "_get_per_token_logps_and_entropies", {"num_iterations": 2, "max_steps": 4}
+    classes = [type("Rounded", (base,), {name: rounded_without_gradient}) for base in (GRPOTrainer, GRPOExtTrainer)]
+    expected, actual = (run(cls, policy, tmp_path / str(n), **options) for n, cls in enumerate(classes))
+    assert_same_training(actual, expected, start)
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "cispo"])
+def test_forwards_at_generation_are_not_the_old_policy(policy, start, tmp_path, loss_type):  # noqa: F811
+    class Asking(GRPOTrainer):
+        def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+            for ids in completion_ids_list:
+                ids = torch.tensor([[65, 66, *ids]])
+                self._get_per_token_logps_and_entropies(self.model, ids, torch.ones_like(ids), ids.size(1) - 2)
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+    class Ours(MultiIterationMixin, Asking):
+        pass
+
+    options = {"num_iterations": 2, "max_steps": 4, "loss_type": loss_type}
+    expected = run(Asking, policy, tmp_path / "theirs", **options)
+    assert_same_training(run(Ours, policy, tmp_path / "ours", **options), expected, start)
 
 
 def test_a_teacher_asked_behind_the_policy_is_not_the_old_policy(policy, start, tmp_path):  # noqa: F811
@@ -260,6 +267,140 @@ def test_rows_that_a_subclass_drops_are_not_counted(policy, start, tmp_path, los
     expected = run(Filtered, policy, tmp_path / "theirs", loss_type=loss_type, max_steps=2)
     actual = run(FilteredOurs, policy, tmp_path / "ours", loss_type=loss_type, max_steps=2)
     assert_same_training(actual, expected, start)
+
+
+class Decayed(GRPOTrainer):
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        return {**inputs, "advantages": 0.5 * inputs["advantages"]}
+
+
+class DecayedOurs(MultiIterationMixin, SharedPrefixMixin, Decayed):
+    pass
+
+
+class DecayedOutside(GRPOExtTrainer):
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        return {**inputs, "advantages": 0.5 * inputs["advantages"]}
+
+
+@pytest.mark.parametrize("ours", [DecayedOurs, DecayedOutside])
+@pytest.mark.parametrize("schedule", [{"max_steps": 3}, SCHEDULE])
+def test_rows_that_a_subclass_prepares_are_trained_on(policy, start, tmp_path, ours, schedule):  # noqa: F811
+    expected = run(Decayed, policy, tmp_path / "theirs", **schedule)
+    assert_same_training(run(ours, policy, tmp_path / "ours", **schedule), expected, start)
+
+
+def step_of_their_own(self, model, inputs, num_items_in_batch=None):
+    """As transformers does it, without its modes; and TRL counts."""
+    model.train()
+    with self.compute_loss_context_manager():
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+    self.accelerator.backward(loss)
+    self._step += 1
+    return loss.detach()
+
+
+def clamped_step(self, model, inputs, num_items_in_batch=None):
+    """What it does with the gradients depends on which rows are in a micro-batch."""
+    loss = super(type(self), self).training_step(model, inputs, num_items_in_batch)
+    for parameter in model.parameters():
+        parameter.grad.clamp_(-0.01, 0.01)
+    return loss
+
+
+@pytest.mark.parametrize("step", [step_of_their_own, clamped_step])
+@pytest.mark.parametrize("schedule", [{"num_iterations": 2, "max_steps": 4}, SCHEDULE])
+def test_a_training_step_of_ones_own(policy, start, tmp_path, step, schedule):  # noqa: F811
+    classes = [type("Stepping", (base,), {"training_step": step}) for base in (GRPOTrainer, GRPOExtTrainer)]
+    expected, actual = (run(cls, policy, tmp_path / str(n), **schedule) for n, cls in enumerate(classes))
+    assert_same_training(actual, expected, start)
+
+
+def test_target_kl_with_a_training_step_that_does_not_come_back(policy, tmp_path):
+    cls = type("Stepping", (GRPOExtTrainer,), {"training_step": step_of_their_own})
+    with pytest.raises(ValueError, match=r"target_kl needs Stepping.training_step to call super"):
+        run(cls, policy, tmp_path, GRPOExtConfig, num_iterations=4, target_kl=0.1)
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def cubed(self, model, inputs):
+        loss = function(self, model, inputs)
+        return 3 * loss**2 + loss
+
+    return cubed
+
+
+def test_a_decorator_around_our_own_method_is_not_ours(policy, start, tmp_path):  # noqa: F811
+    """`functools.wraps` gives it our module and our name."""
+    classes = [
+        type("Decorated", (base,), {"_compute_loss": decorated(base._compute_loss)})
+        for base in (GRPOTrainer, GRPOExtTrainer)
+    ]
+    options = {**SCHEDULE, "loss_type": "grpo"}
+    expected, actual = (run(cls, policy, tmp_path / str(n), **options) for n, cls in enumerate(classes))
+    assert_same_training(actual, expected, start)
+
+
+class SetAttributes(TrainerCallback):
+    """As a schedule of a setting does it: from some step on the trainer has another one."""
+
+    def __init__(self, at_step, **values):
+        self.at_step, self.values, self.trainer = at_step, values, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at_step:
+            for name, value in self.values.items():
+                setattr(self.trainer, name, value)
+
+
+@pytest.mark.parametrize(
+    "values", [{"loss_type": "sapo"}, {"loss_type": "bnpo"}, {"top_entropy_quantile": 0.5}], ids=str
+)
+def test_a_loss_that_changes_between_passes_gets_fresh_rows(policy, tmp_path, caplog, values):
+    """Rows that were left out for the old loss are missing for the new one."""
+    change = SetAttributes(2, **values)
+
+    class Changing(PaddedTrainer):
+        def train(self, *args, **kwargs):
+            change.trainer = self
+            return super().train(*args, **kwargs)
+
+    options = {"num_iterations": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 2, "max_steps": 4}
+    changed = run(Changing, policy, tmp_path, callbacks=[change], loss_type="grpo", **options)
+    assert caplog.text.count("going on with fresh ones") == 1
+    assert changed.trainer.rollout_func.num_calls == 2
+    assert [forward.rows for forward in changed.forwards if forward.has_gradient][4:] == [8] * 4
+
+
+def test_rows_are_not_dealt_out_across_optimizer_steps_after_a_break(policy, tmp_path):
+    """An exception in an optimizer step leaves TRL's counter there; trained again, steps begin elsewhere."""
+    breaks = iter([False, True])
+
+    class Break(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if next(breaks, False):
+                raise KeyboardInterrupt
+
+    options = {"num_iterations": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 4, "max_steps": 3}
+    args = canned_config(tmp_path, GRPOExtConfig, **options)
+    trainer = GRPOExtTrainer(
+        policy,
+        canned_reward,
+        args=args,
+        train_dataset=canned_prompts(),
+        processing_class=tiny_tokenizer(),
+        rollout_func=CannedRollouts(),
+        callbacks=[Break()],
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer._rollouts.is_arranged
+    trainer.train()
+    assert trainer._rollouts is None or not trainer._rollouts.is_arranged
+    assert "_get_per_token_logps_and_entropies" not in vars(trainer)
 
 
 # The order of classes
@@ -368,6 +509,32 @@ def test_target_kl_that_can_never_stop_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"target_kl=0\.01 can never stop a pass: gradient_accumulation_steps=8"):
         canned_config(tmp_path, GRPOExtConfig, gradient_accumulation_steps=8, **options)
     canned_config(tmp_path, GRPOExtConfig, gradient_accumulation_steps=2, **options)
+
+
+def test_target_kl_that_has_nothing_to_end_is_told(policy, tmp_path, caplog):
+    run(GRPOExtTrainer, policy, tmp_path, GRPOExtConfig, num_iterations=2, target_kl=0.01, max_steps=1)
+    assert caplog.text.count("target_kl=0.01 has nothing to end") == 1
+    run(GRPOExtTrainer, policy, tmp_path, GRPOExtConfig, num_iterations=3, target_kl=0.01, max_steps=1)
+    assert caplog.text.count("has nothing to end") == 1
+
+
+def test_the_kl_of_a_foreign_loss_is_that_of_its_rows(policy, tmp_path):
+    """Not of other completions that it scores first; and padded columns may be left out."""
+
+    class Scoring(GRPOExtTrainer):
+        def _compute_loss(self, model, inputs):
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+            width = inputs["completion_ids"].size(1)
+            others = ids.flip(0)
+            self._get_per_token_logps_and_entropies(model, others, mask, width)
+            used = int(inputs["completion_mask"].sum(1).max())
+            ids, mask = ids[:, : ids.size(1) - width + used], mask[:, : mask.size(1) - width + used]
+            return self._get_per_token_logps_and_entropies(model, ids, mask, used)[0].mean()
+
+    options = {"num_iterations": 4, "max_steps": 4, "learning_rate": 0.0, "target_kl": 0.005}
+    found = run(Scoring, policy, tmp_path, GRPOExtConfig, **options)
+    assert found.metric("iteration/4/approx_kl") == [pytest.approx(0.0, abs=1e-6)]
 
 
 def test_target_kl_with_a_loss_that_asks_for_no_log_probabilities(policy, tmp_path):

@@ -49,7 +49,7 @@ SEAMS = (
 )
 
 FORWARD = "_get_per_token_logps_and_entropies"
-_TRL_FOLDER = Path(trl.__file__).parent
+_TRL_FOLDER, _OWN_FOLDER = Path(trl.__file__).parent, Path(__file__).parent
 
 
 def step(trainer: GRPOTrainer) -> int:
@@ -103,24 +103,31 @@ def foreign_override(trainer: GRPOTrainer, name: str) -> str | None:
         `str` or `None`:
             The method that stands before TRL's, or in its place; `None` if there is none.
     """
-    if name in vars(trainer):
+    on_object = vars(trainer).get(name)
+    while isinstance(on_object, _StandIn):
+        on_object = on_object.set_before
+    if on_object is not None:
         return f"the method {name!r} that was set on this {type(trainer).__name__}"
     for cls in type(trainer).__mro__:
         method = vars(cls).get(name)
         if cls is GRPOTrainer:
-            return None if _is_trls_own(method, name) else f"a function put in place of GRPOTrainer.{name}"
-        if method is not None and not str(getattr(method, "__module__", "")).startswith(f"{__package__}."):
+            is_trls = _comes_from(method, _TRL_FOLDER, f"GRPOTrainer.{name}")
+            return None if is_trls else f"a function put in place of GRPOTrainer.{name}"
+        if method is not None and not _comes_from(method, _OWN_FOLDER, f"{cls.__name__}.{name}"):
             return f"{cls.__name__}.{name}"
     return None
 
 
-def _is_trls_own(method: Any, name: str) -> bool:
-    """Whether a function of `GRPOTrainer` is the one that TRL defines, and each decorator around it TRL's as well."""
+def _comes_from(method: Any, folder: Path, qualified_name: str) -> bool:
+    """Whether a function was written in a folder under this name, and each decorator around it there as well.
+
+    Its code says so; `__module__` and `__qualname__` are copied by `functools.wraps`.
+    """
     code: CodeType | None = getattr(method, "__code__", None)
-    if code is None or not Path(code.co_filename).is_relative_to(_TRL_FOLDER):
+    if code is None or not Path(code.co_filename).is_relative_to(folder):
         return False
     wrapped = getattr(method, "__wrapped__", None)
-    return code.co_qualname == f"GRPOTrainer.{name}" if wrapped is None else _is_trls_own(wrapped, name)
+    return code.co_qualname == qualified_name if wrapped is None else _comes_from(wrapped, folder, qualified_name)
 
 
 # What TRL's loss reads of its configuration and of the trainer's state, and what is known of it here: either
@@ -146,9 +153,14 @@ KNOWN_TO_THE_LOSS = frozenset(
 def unknown_loss_options(trainer: GRPOTrainer) -> list[str]:
     """What TRL's loss reads, is set to something, and is not known here: options of a later release.
 
-    Read are all names in the function's code that are fields of the configuration or attributes of the trainer.
+    Read are all names that are fields of the configuration or attributes of the trainer, in the function's code and in
+    that of the methods which it calls.
     """
-    names = _names_in(unwrap(GRPOTrainer._compute_loss).__code__) - KNOWN_TO_THE_LOSS
+    names = _names_in(unwrap(GRPOTrainer._compute_loss).__code__)
+    for name in names & vars(GRPOTrainer).keys() - {FORWARD}:
+        method = unwrap(getattr(GRPOTrainer, name))
+        names |= _names_in(method.__code__) if hasattr(method, "__code__") else frozenset()
+    names -= KNOWN_TO_THE_LOSS
     options = {option.name: option for option in fields(trainer.args) if option.name in names}
     changed = []
     for name, option in options.items():
@@ -193,7 +205,7 @@ def has_active_randomness(model: nn.Module) -> bool:
     """Whether two forwards of the model in training mode can differ, by what modules and configurations say.
 
     That is dropout, layers left out, and noise in a router or on embeddings, as the model's configuration, one inside
-    of it, or a module has it; [`forwards_are_random`] asks the forward itself.
+    of it, or a module has it, and a generator of a module's own; [`forwards_are_random`] asks the forward itself.
     """
     settings: dict[int, Any] = {}  # by identity: modules share configurations
     for module in model.modules():
@@ -210,7 +222,7 @@ def _says_randomness(settings: dict[Any, Any]) -> bool:
     for name, value in settings.items():
         if isinstance(value, PreTrainedConfig):
             value = vars(value)
-        if isinstance(value, dict) and _says_randomness(value):
+        if isinstance(value, torch.Generator) or (isinstance(value, dict) and _says_randomness(value)):
             return True
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and value > 0 and _is_of_randomness(str(name).lower()):
@@ -323,19 +335,36 @@ flash_attention_on_cpu_backward = torch.ops.aten._scaled_dot_product_flash_atten
 # Forwards that are looked at from outside
 
 
+class _StandIn:
+    """A function in front of the trainer's forward, whoever overrides it; it gets that forward, and the call.
+
+    Args:
+        trainer (`GRPOTrainer`):
+            The trainer.
+        function (`Callable`):
+            Called with the forward that stood there, and the call's arguments.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, function: Callable[..., Any]) -> None:
+        self.set_before = vars(trainer).get(FORWARD)  # on the object itself
+        self._forward = getattr(trainer, FORWARD)
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(self._forward, *args, **kwargs)
+
+
 @contextmanager
-def _replaced_forward(trainer: GRPOTrainer, replacement: Callable[..., Any]) -> Iterator[None]:
-    """Put a function in front of the trainer's forward, whoever overrides it: it gets that forward, and the call."""
-    forward = getattr(trainer, FORWARD)
-    had_one_of_its_own = FORWARD in vars(trainer)
-    setattr(trainer, FORWARD, lambda *args, **kwargs: replacement(forward, *args, **kwargs))
+def _replaced_forward(trainer: GRPOTrainer, function: Callable[..., Any]) -> Iterator[None]:
+    stand_in = _StandIn(trainer, function)
+    setattr(trainer, FORWARD, stand_in)
     try:
         yield
     finally:
-        if had_one_of_its_own:
-            setattr(trainer, FORWARD, forward)
-        else:
+        if stand_in.set_before is None:
             delattr(trainer, FORWARD)
+        else:
+            setattr(trainer, FORWARD, stand_in.set_before)
 
 
 @contextmanager
@@ -360,21 +389,25 @@ def without_old_policy_forward(trainer: GRPOTrainer) -> Iterator[None]:
 
 
 @contextmanager
-def recorded_policy_forwards(trainer: GRPOTrainer, model: Any) -> Iterator[list[torch.Tensor]]:
-    """Within it, the log-probabilities of the policy that carry a gradient are collected, as whoever asks gets them.
+def recorded_policy_forwards(trainer: GRPOTrainer, model: Any) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Within it, the policy's forwards that carry a gradient are collected, as whoever asks for them gets them.
 
     Args:
         trainer (`GRPOTrainer`):
             The trainer.
         model (`nn.Module`):
             The policy, as the loss gets it.
-    """
-    found: list[torch.Tensor] = []
 
-    def record(forward: Callable[..., Any], of_model: Any, *args: Any, **kwargs: Any) -> Any:
-        output = forward(of_model, *args, **kwargs)
+    Yields:
+        `list[tuple[torch.Tensor, torch.Tensor]]`:
+            For each of them the token ids, `(B, T)`, and the log-probabilities without their graph, `(B, C)`.
+    """
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def record(forward: Callable[..., Any], of_model: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(of_model, input_ids, *args, **kwargs)
         if of_model is model and isinstance(output[0], torch.Tensor) and output[0].requires_grad:
-            found.append(output[0].detach())
+            found.append((input_ids, output[0].detach()))
         return output
 
     with _replaced_forward(trainer, record):

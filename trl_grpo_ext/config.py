@@ -1,6 +1,8 @@
 """`GRPOExtConfig`: TRL's `GRPOConfig` and the settings of the mixins."""
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -143,7 +145,17 @@ def rollout_settings(args: GRPOConfig) -> dict[str, Any]:
     names = {item.name for item in fields(args)} - of_trainer - _INDIFFERENT_TO_ROLLOUTS
     names |= EXTENSION_DEFAULTS.keys() - _INDIFFERENT_TO_ROLLOUTS
     values = {name: getattr(args, name, EXTENSION_DEFAULTS.get(name)) for name in sorted(names)}
-    return {
-        name: value if value is None or isinstance(value, bool | int | float | str) else repr(value)
-        for name, value in values.items()
-    }
+    return {name: _comparable(value) for name, value in values.items()}
+
+
+def _comparable(value: Any) -> Any:
+    """A setting in JSON's types: the same whenever the setting is the same, in whatever process."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _comparable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_comparable(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((_comparable(item) for item in value), key=repr)
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -14,16 +14,17 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from . import compat
 from .config import check_settings, extension_setting, rollout_settings
-from .metrics import micro_batch_statistics, objective_statistics
+from .metrics import micro_batch_statistics, nothing_seen, objective_statistics
 from .mixin_order import OrderedMixin
 from .objective import ClippedObjective, clip_binds
-from .passes import PassStatistics, exceeds_target
+from .passes import PassStatistics, can_shorten, exceeds_target
 from .rollouts import (
     FOLDER,
     RolloutBuffer,
     carries_gradient,
     column_advantages,
     load_matching_rollouts,
+    logps_of_completions,
     loss_mask,
     save_no_rollouts,
 )
@@ -57,15 +58,25 @@ class MultiIterationMixin(OrderedMixin):
     Who computes the loss decides what is on. TRL's clipped loss without further features is computed here, as a
     [`ClippedObjective`]. Other loss types, an entropy bonus or images are computed by TRL: rows stay where it puts
     them, the rest works. Where a subclass, or a function put in TRL's place, computes the loss, rows stay too, and the
-    old policy's log-probabilities are computed as TRL does it, because that loss may read them.
+    old policy's log-probabilities are computed as TRL does it, because that loss may read them. So they are wherever a
+    method of TRL's is overridden that sees micro-batches or makes forwards.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_settings(self.args)
+        target_kl = extension_setting(self.args, "target_kl")
+        schedule = self.num_iterations, self.args.steps_per_generation, self.args.gradient_accumulation_steps
+        if target_kl is not None and not can_shorten(*schedule):
+            logger.warning(
+                f"target_kl={target_kl!r} has nothing to end: of num_iterations={self.num_iterations} passes over a "
+                "batch of rollouts, only the last is made by a policy that has moved."
+            )
         compat.save_on_signal_behind_optimizer_steps(self)
         self._pass_statistics = PassStatistics()
         self._window_position = 0  # micro-batches since the last optimizer step
+        self._is_in_micro_batch = False  # between its rows and its end
+        self._loss_logps: torch.Tensor | None = None  # the policy's of this micro-batch, as the loss got them, (B, C)
         self._has_own_statistics = False  # of the micro-batch that is trained on
         self._has_explained_zeros = False
         self._reported_losses: set[str] = set()
@@ -82,7 +93,13 @@ class MultiIterationMixin(OrderedMixin):
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)
+        if self._is_in_micro_batch:
+            self._report_training_step()
+        self._is_in_micro_batch = True
         step, rollouts = compat.step(self), self._rollouts
+        if rollouts is not None and not self._goes_on_with(rollouts):
+            rollouts = None
+            compat.set_buffered_micro_batches(self, None)
         if (
             rollouts is not None
             and step % self.args.steps_per_generation == 0
@@ -94,15 +111,32 @@ class MultiIterationMixin(OrderedMixin):
         inputs = super()._prepare_inputs(generation_batch)
         if self._rollouts is not None:
             return inputs
-        rollouts = self._new_rollouts(compat.buffered_micro_batches(self), step)  # TRL has just generated
+        micro_batches = compat.buffered_micro_batches(self)  # TRL has just generated
+        rollouts = self._new_rollouts(micro_batches, step)
         compat.set_buffered_micro_batches(self, rollouts)
         self._pass_statistics.end_pass()
-        return rollouts[step % self.args.steps_per_generation]
+        index = step % self.args.steps_per_generation
+        return rollouts[index] if inputs is micro_batches[index] else inputs  # or what a trainer below made of it
+
+    def _goes_on_with(self, rollouts: RolloutBuffer) -> bool:
+        """Whether rows that were dealt out for the loss as it was may be passed over with the loss as it is."""
+        if not rollouts.is_arranged or (
+            self._may_move_rows(rollouts) and not (rollouts.skips_rows and self.beta != 0.0)
+        ):
+            return True
+        logger.warning(
+            "The loss has changed between two passes over rollouts whose rows were dealt out for the old one: going "
+            "on with fresh ones."
+        )
+        return False
 
     def _new_rollouts(self, micro_batches: Sequence[dict[str, Any]], step: int) -> RolloutBuffer:
         rollouts = RolloutBuffer(micro_batches, start_step=step)
         rollouts.has_only_text = self._is_so_everywhere(rollouts.has_only_text)
+        self._report_foreign_loss()
         window = self._window_within_rollouts()
+        if window is not None and (step - self._window_position) % window != 0:
+            window = None  # an optimizer step was broken off, or an epoch ended in one: they do not line up any more
         skips = self.beta == 0.0 and extension_setting(self.args, "skip_zero_advantage")
         by_prompt = self._arranges_by_prompt(rollouts)
         if window is not None and self._may_move_rows(rollouts) and (skips or by_prompt):
@@ -125,11 +159,12 @@ class MultiIterationMixin(OrderedMixin):
 
     def _may_move_rows(self, rollouts: RolloutBuffer) -> bool:
         """Whether the loss is the same however the rows of an optimizer step are dealt out to micro-batches."""
-        # bnpo divides by what is in the micro-batch; a subclass that prepares micro-batches knows which rows are where
+        # bnpo divides by what is in the micro-batch; a subclass that prepares micro-batches, or trains on them, knows
+        # which rows are where
         return (
             self.loss_type != "bnpo"
             and self._computes_own_loss(rollouts)
-            and compat.foreign_override(self, "_prepare_inputs") is None
+            and all(compat.foreign_override(self, name) is None for name in ("_prepare_inputs", "training_step"))
         )
 
     def _arranges_by_prompt(self, rollouts: RolloutBuffer) -> bool:
@@ -155,12 +190,15 @@ class MultiIterationMixin(OrderedMixin):
 
     def _reuses_first_pass(self) -> bool:
         """Whether TRL's forward for the old policy is left out; `_new_rollouts` takes it where it is needed."""
-        may_read_it = ("compute_loss", "_compute_loss", "_prepare_inputs", "_generate_and_score_completions")
+        may_need_it = (
+            *("compute_loss", "_compute_loss", "training_step", "_prepare_inputs"),
+            *("_generate_and_score_completions", "_get_per_token_logps_and_entropies"),
+        )
         return (
             extension_setting(self.args, "reuse_first_pass_logps")
             and compat.takes_old_policy_forward(self)
             and not compat.corrects_sampling(self)
-            and all(compat.foreign_override(self, name) is None for name in may_read_it)
+            and all(compat.foreign_override(self, name) is None for name in may_need_it)
             and not compat.forwards_are_random(self)
         )
 
@@ -176,10 +214,17 @@ class MultiIterationMixin(OrderedMixin):
         return rollouts.has_only_text and compat.is_clipped_objective(self) and self._foreign_loss() is None
 
     def _foreign_loss(self) -> str | None:
-        """Why the loss is another than the one known here; said once."""
-        reason = compat.foreign_override(self, "compute_loss") or compat.foreign_override(self, "_compute_loss")
+        """Whose the loss is, where it is another one than the one known here."""
+        reason = self._overridden_loss()
         if reason is None and (options := compat.unknown_loss_options(self)):
             reason = f"TRL's, with {', '.join(options)}"
+        return reason
+
+    def _overridden_loss(self) -> str | None:
+        return compat.foreign_override(self, "compute_loss") or compat.foreign_override(self, "_compute_loss")
+
+    def _report_foreign_loss(self) -> None:
+        reason = self._foreign_loss()
         if reason is not None and reason not in self._reported_losses:
             self._reported_losses.add(reason)
             logger.warning(
@@ -187,27 +232,46 @@ class MultiIterationMixin(OrderedMixin):
                 "too, rows stay in their micro-batches, and where it may read them the old policy's log-probabilities "
                 "take a forward of their own."
             )
-        return reason
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         step = compat.step(self)
-        self._has_own_statistics = False
-        with compat.recorded_policy_forwards(self, model) as policy_logps:
+        self._loss_logps, self._has_own_statistics, self._is_in_micro_batch = None, False, False
+        with compat.recorded_policy_forwards(self, model) as forwards:
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._is_in_micro_batch = False
         if self._rollouts is not None:
-            self._end_micro_batch(self._rollouts, step, policy_logps[0] if policy_logps else None)
+            self._end_micro_batch(self._rollouts, step, forwards)
         return loss
+
+    def _report_training_step(self) -> None:
+        """A training step that takes rows and does not come back here: nothing that follows a micro-batch happens."""
+        override = compat.foreign_override(self, "training_step")
+        if override is None:
+            return  # the one before was broken off
+        if extension_setting(self.args, "target_kl") is not None:
+            raise ValueError(
+                f"target_kl needs {override} to call super().training_step: let it, or set target_kl=None"
+            )
+        if override not in self._reported_losses:
+            self._reported_losses.add(override)
+            logger.warning(f"{override} does not call super().training_step: passes are not reported.")
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
         rollouts = self._rollouts
-        if not self.model.training or rollouts is None or not self._computes_own_loss(rollouts):
+        if not self.model.training or rollouts is None:
             loss: torch.Tensor = super()._compute_loss(model, inputs)
             return loss
         step = compat.step(self)
         index = step % self.args.steps_per_generation
-        if inputs is rollouts[index]:
-            inputs = rollouts.trimmed(index)
-        return self._clipped_loss(model, inputs, rollouts, index, rollouts.iteration(step))
+        if self._computes_own_loss(rollouts):
+            if inputs is rollouts[index]:
+                inputs = rollouts.trimmed(index)
+            return self._clipped_loss(model, inputs, rollouts, index, rollouts.iteration(step))
+        with compat.recorded_policy_forwards(self, model) as forwards:
+            loss = super()._compute_loss(model, inputs)
+        if forwards and self._overridden_loss() is None:  # TRL's takes one
+            self._loss_logps = forwards[0][1]
+        return loss
 
     def _clipped_loss(
         self, model: Any, inputs: dict[str, Any], rollouts: RolloutBuffer, index: int, iteration: int
@@ -251,7 +315,7 @@ class MultiIterationMixin(OrderedMixin):
             rollouts.is_placeholder(index),
         )
         self._pass_statistics.observe(statistics, iteration, replaces_trls=True)
-        self._has_own_statistics = True
+        self._loss_logps, self._has_own_statistics = per_token_logps.detach(), True
         return output.loss if self.loss_type == "dapo" else output.loss / accumulation
 
     def _is_live(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -260,7 +324,9 @@ class MultiIterationMixin(OrderedMixin):
 
     # What follows a micro-batch
 
-    def _end_micro_batch(self, rollouts: RolloutBuffer, step: int, policy_logps: torch.Tensor | None) -> None:
+    def _end_micro_batch(
+        self, rollouts: RolloutBuffer, step: int, forwards: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
         """Keep the old policy's log-probabilities, look at a loss that was not ours, report, and end a pass.
 
         Args:
@@ -268,16 +334,19 @@ class MultiIterationMixin(OrderedMixin):
                 The current rollouts.
             step (`int`):
                 Number of micro-batches before this one.
-            policy_logps (`torch.Tensor`, *optional*):
-                The policy's log-probabilities with which the loss of this micro-batch was computed, `(B, C)`; `None`
-                if it has not asked for any.
+            forwards (`list[tuple[torch.Tensor, torch.Tensor]]`):
+                The policy's forwards with a gradient, see [`~compat.recorded_policy_forwards`].
         """
         index, iteration = step % self.args.steps_per_generation, rollouts.iteration(step)
         if not self._has_own_statistics:
-            self._observe_foreign_loss(rollouts[index], policy_logps, iteration)
+            logps = self._loss_logps
+            if logps is None:  # a loss of the user's
+                logps = logps_of_completions(forwards, rollouts[index])
+            self._observe_foreign_loss(rollouts[index], logps, iteration)
         # Where TRL takes no forward for the old policy, it takes each pass for the first; so do we.
-        if rollouts.needs_old_logps(index) and compat.takes_old_policy_forward(self) and policy_logps is not None:
-            rollouts.set_old_logps(index, policy_logps)
+        if rollouts.needs_old_logps(index) and compat.takes_old_policy_forward(self) and self._loss_logps is not None:
+            rollouts.set_old_logps(index, self._loss_logps)
+        self._loss_logps = None
         self._window_position += 1
         if self.accelerator.sync_gradients:
             self._window_position = 0
@@ -287,12 +356,14 @@ class MultiIterationMixin(OrderedMixin):
 
     def _observe_foreign_loss(self, inputs: dict[str, Any], policy_logps: torch.Tensor | None, iteration: int) -> None:
         mask = loss_mask(inputs)
-        if policy_logps is None or policy_logps.shape != mask.shape:
+        if policy_logps is None:
             if extension_setting(self.args, "target_kl") is not None:
                 raise ValueError(
                     f"target_kl needs the policy's log-probabilities, and the loss of {type(self).__name__} does not "
-                    "take them from _get_per_token_logps_and_entropies: set target_kl=None"
+                    "take those of its micro-batch from _get_per_token_logps_and_entropies: set target_kl=None"
                 )
+            # other processes may have seen something, and all report together
+            self._pass_statistics.observe(nothing_seen(mask.device), iteration, replaces_trls=False)
             return
         old_per_token_logps = inputs.get("old_per_token_logps")
         log_ratio = policy_logps - (policy_logps if old_per_token_logps is None else old_per_token_logps)
@@ -343,6 +414,11 @@ class MultiIterationMixin(OrderedMixin):
         epochs, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        # A run that was broken off in an optimizer step leaves its counter there, and begins one anew.
+        self._window_position, self._is_in_micro_batch = 0, False
+        is_arranged = self._rollouts is not None and self._rollouts.is_arranged
+        if is_arranged and compat.step(self) % (self._window_within_rollouts() or 1) != 0:
+            compat.set_buffered_micro_batches(self, None)
         if resume_from_checkpoint is None or has_length(self.train_dataset):
             return epochs, batches
         # Of a stream, which has no length, transformers takes all steps for steps of the first epoch. How many batches
@@ -366,7 +442,10 @@ class MultiIterationMixin(OrderedMixin):
                 "settings": self._rollout_settings(),
                 "pass_sums": None if pass_sums is None else pass_sums.tolist(),
             }
-            if self._rollouts is None:
+            unwritable = None if self._rollouts is None else self._rollouts.find_unwritable()
+            if not self._is_so_everywhere(unwritable is None):
+                logger.warning(f"The checkpoint is without rollouts, which hold what a file cannot ({unwritable}).")
+            elif self._rollouts is None:
                 save_no_rollouts(folder / FOLDER, rank, num_ranks, state)
             else:
                 self._rollouts.save(folder / FOLDER, rank, num_ranks, state)
@@ -411,7 +490,5 @@ class MultiIterationMixin(OrderedMixin):
             **rollout_settings(self.args),
             "rewards": ", ".join(self.reward_func_names),
             "weights of the rewards": self.reward_weights.tolist(),
-            "loss": compat.foreign_override(self, "compute_loss")
-            or compat.foreign_override(self, "_compute_loss")
-            or "TRL's",
+            "loss": self._foreign_loss() or "TRL's",
         }

@@ -110,6 +110,12 @@ def micro_batch_statistics(
     )
 
 
+def nothing_seen(device: torch.device) -> torch.Tensor:
+    """The `FIELDS` of a micro-batch of which nothing is known: every process has as many micro-batches."""
+    empty = {"live_ratio_max": -torch.inf, "low_share_min": torch.inf, "high_share_max": -torch.inf}
+    return torch.tensor([empty.get(name, 0.0) for name in FIELDS], device=device)
+
+
 def objective_statistics(
     output: ObjectiveOutput,
     log_ratio: torch.Tensor,

@@ -26,6 +26,18 @@ def can_stop(num_iterations: int, steps_per_generation: int, gradient_accumulati
     return gradient_accumulation_steps % (num_iterations * steps_per_generation) != 0
 
 
+def can_shorten(num_iterations: int, steps_per_generation: int, gradient_accumulation_steps: int) -> bool:
+    """Whether a pass is left to be given up when the policy has moved: else the one that moved it was the last.
+
+    Arguments are those of [`can_stop`]. With two passes of one optimizer step each, the first is made by the policy
+    that sampled, and after the second there is nothing to end.
+    """
+    micro_batches = num_iterations * steps_per_generation
+    if micro_batches % gradient_accumulation_steps and gradient_accumulation_steps % micro_batches:
+        return True  # optimizer steps begin in the middle of passes
+    return micro_batches - steps_per_generation > gradient_accumulation_steps
+
+
 def exceeds_target(kl: float, tokens: float, target_kl: float) -> bool:
     """Whether the mean KL over tokens is above the target.
 

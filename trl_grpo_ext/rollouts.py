@@ -104,6 +104,11 @@ class RolloutBuffer(Sequence[MicroBatch]):
         """Rows that [`~RolloutBuffer.arrange`] has left out."""
         return sum(left_out.rows for left_out in self._left_out.values())
 
+    @property
+    def skips_rows(self) -> bool:
+        """Whether rows without a gradient are left out, if there are any."""
+        return bool(self._left_out)
+
     def left_out(self, index: int) -> LeftOut:
         """The rows that were left out of micro-batch `index`."""
         return self._left_out.get(index, LeftOut())
@@ -181,6 +186,18 @@ class RolloutBuffer(Sequence[MicroBatch]):
 
     # Checkpoints
 
+    def find_unwritable(self) -> str | None:
+        """What a file cannot hold of the rollouts: values that are no tensors and not of JSON's types."""
+        for micro_batch in self._micro_batches:
+            for key, value in micro_batch.items():
+                try:
+                    is_kept = isinstance(value, torch.Tensor) or json.loads(json.dumps(value)) == value
+                except (TypeError, ValueError):
+                    is_kept = False
+                if not is_kept:
+                    return f"{key}: {value!r:.60}"
+        return None
+
     def save(self, folder: str | os.PathLike[str], rank: int, num_ranks: int, state: dict[str, Any]) -> None:
         """Write the rollouts of a rank: `rank-00000-of-00002.safetensors` and the `.json` beside it.
 
@@ -257,6 +274,31 @@ def column_advantages(rows: MicroBatch) -> torch.Tensor:
 def carries_gradient(rows: MicroBatch) -> torch.Tensor:
     """Which rows add anything to the gradient without a KL term: advantage not 0, and a token that counts. `(B,)`."""
     return ((column_advantages(rows) != 0) & loss_mask(rows).bool()).any(dim=1)
+
+
+def logps_of_completions(
+    forwards: Sequence[tuple[torch.Tensor, torch.Tensor]], rows: MicroBatch
+) -> torch.Tensor | None:
+    """The log-probabilities of a micro-batch's completions, `(B, C)`, from the first of some forwards that has them.
+
+    Args:
+        forwards (`Sequence[tuple[torch.Tensor, torch.Tensor]]`):
+            Token ids, `(B, T)`, and the log-probabilities of the last of them, `(B, C)` or without the last columns in
+            which all rows are padded.
+        rows (`dict`):
+            The micro-batch.
+    """
+    completion_ids, mask = rows["completion_ids"], rows["completion_mask"]
+    for input_ids, logps in forwards:
+        width = logps.size(1)
+        if (
+            len(logps) == len(completion_ids)
+            and width <= completion_ids.size(1)
+            and torch.equal(input_ids[:, -width:], completion_ids[:, :width])
+            and not mask[:, width:].any()
+        ):
+            return torch.nn.functional.pad(logps, (0, completion_ids.size(1) - width))
+    return None
 
 
 # A group is dealt out in two parts, and its prompt computed twice, where that costs at most this share of its tokens.
