@@ -37,7 +37,7 @@ from trl_grpo_ext.embedded_policy import EMBEDDED_POLICY, embedded_policy_path
 from trl_grpo_ext.evaluation import Accuracy, evaluate
 from trl_grpo_ext.ranks import BoundCollectiveCalls, run_as_rank, stop
 from trl_grpo_ext.rewards import RewardBundle, gsm8k_bundle, tag_bundle
-from trl_grpo_ext.runs import CHANGED, RunError, Start, begin_run, choose_start, settings_of
+from trl_grpo_ext.runs import CHANGED, BeginRun, RunError, Start, choose_start, settings_of
 from trl_grpo_ext.tasks import load_arithmetic, load_gsm8k
 
 
@@ -280,6 +280,7 @@ def main(argv: list[str]) -> None:
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(CompactProgress)
     trainer.add_callback(BoundCollectiveCalls)
+    trainer.add_callback(BeginRun(run))
 
     # Before, training, after
     def evaluate_all(when: str) -> dict[str, Accuracy]:
@@ -300,7 +301,6 @@ def main(argv: list[str]) -> None:
 
     before = evaluate_all("before")
     try:
-        begin_run(run)
         if run.checkpoint is None and trainer.accelerator.is_main_process:
             Path(training_args.output_dir, "summary.json").unlink(missing_ok=True)  # an earlier attempt's
         trainer.train(resume_from_checkpoint=run.checkpoint)

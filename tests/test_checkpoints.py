@@ -187,10 +187,12 @@ def test_a_checkpoint_that_lacks_a_part_gets_no_manifest(policy, tmp_path, name,
     assert list(tmp_path.glob("checkpoint-*")) == unfinished(tmp_path) == []
 
 
-def test_only_the_model_is_saved(policy, tmp_path):
+def test_only_the_model_is_saved(policy, tmp_path, caplog):
     train(policy, tmp_path, save_only_model=True, max_steps=1)
     assert sorted(whole_checkpoints(tmp_path)[0]) == [1]
     assert not (tmp_path / "checkpoint-1" / "optimizer.pt").exists()
+    train(policy, tmp_path, resume=True, max_steps=2)
+    assert "the optimizer would start afresh" in caplog.text
 
 
 @pytest.mark.parametrize(

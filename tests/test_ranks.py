@@ -144,3 +144,23 @@ def test_stop_says_one_line(capsys):
         ranks.stop(2, "not\n  possible")
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: not possible\n"
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_lone_process_ends_with_its_launcher(monkeypatch, launched):
+    """And not with the shell that has started it."""
+    ended, gone = threading.Event(), threading.Event()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(ranks, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(os, "getppid", lambda: 1 if gone.is_set() else 4_000_000)
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+
+    def main():
+        gone.set()
+        assert ended.wait(20 if launched else 0.2) is launched
+
+    ranks.run_as_rank(main)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from trl_grpo_ext.evaluation import is_strictly_correct
 from trl_grpo_ext.rewards import (
     correctness_reward_func,
     exact_correctness_reward_func,
@@ -326,3 +327,38 @@ def test_bad_options_are_refused():
         get_correctness_reward(answer_column="")
     with pytest.raises(ValueError, match="name must be a non-empty string"):
         get_exact_correctness_reward(name="")
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer"),
+    [
+        ("13", r"\sqrt{13}"),
+        ("13", "sqrt(13)"),
+        ("13", "\N{SQUARE ROOT}13"),
+        ("56", r"\frac56"),
+        *[
+            ("5", answer)
+            for answer in (
+                *("5!", "5x", "5 x", "x5", "x^5", "x_5", r"5\pi", "5\N{GREEK SMALL LETTER PI}", "5\N{SUPERSCRIPT TWO}"),
+                *(r"(5,\infty)", "(5, \N{INFINITY})", "5/x", "x/5", "5 + x", "x - 5", "5*x", "> 5", "|5|", "f(5)", "x-5"),
+                *(r"\boxed{5\pi}", "5 million", r"\frac{5}{x}", "5**x", "5xy", "minus 5", "{x | 5}", "5\N{DIVISION SIGN}x"),
+            )
+        ],
+    ],
+)
+def test_mathematics_around_a_number_is_not_the_number(reference, answer):
+    assert correctness_reward_func(completions=[tagged(answer)], answer=[reference]) == [0.0]
+    assert not is_strictly_correct(tagged(answer), reference)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("5.0", "= 5", "x = 5", "$x = 5$", "5%", "$5", "5 $", r"\$5", "\N{EURO SIGN}5", "5.", "5 apples", "5 m", "5km/h"),
+        *("She has 5 apples left, not more!", "**5**", "*5*", r"\boxed{5}", r"$\boxed{5}$", r"\(5\)", r"5\text{ cm}"),
+        *(r"5^\circ", r"\boxed{5\%}", r"\text{It is } 5", "5-inch", "$5/hour", "5 (apples)", "- 5 apples", "5\u500b", "I have 5"),
+        *("Answer: 5", "the answer is 5 km", "`5`", "5 L", "a 5", "#5", r"5\ \mathrm{kg}"),
+    ],
+)
+def test_words_and_units_around_a_number(answer):
+    assert correctness_reward_func(completions=[tagged(answer)], answer=["5"]) == [1.5]

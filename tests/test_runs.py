@@ -9,7 +9,7 @@ import pytest
 from trl import ModelConfig
 
 from trl_grpo_ext.arguments import OneLineParser
-from trl_grpo_ext.checkpoints import EARLIER, STATE, checkpoints, write_manifest
+from trl_grpo_ext.checkpoints import EARLIER, MANIFEST, STATE, checkpoints, write_manifest
 from trl_grpo_ext.config import GRPOExtConfig
 from trl_grpo_ext.runs import (
     CHANGED,
@@ -225,6 +225,9 @@ def test_auto_goes_on_with_this_run_or_starts_it(tmp_path, folder):
     # killed before it had saved anything
     run(tmp_path / "young", steps=())
     assert choose_start(tmp_path / "young", A, "auto").checkpoint is None
+    # nor has it left anything that a corrected command could spoil
+    assert choose_start(tmp_path / "young", B, "auto").checkpoint is None
+    (tmp_path / "young" / "summary.json").write_text("{}")
     with pytest.raises(RunError, match="holds another run"):
         choose_start(tmp_path / "young", B, "auto", allow_changed_settings=True)
 
@@ -270,3 +273,71 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(RunError, match="nothing can be written"):
         choose_start(tmp_path / "new", A)
+
+
+def test_what_is_set_aside_stays_until_something_is_saved(folder):
+    """Also when a run goes on from there, or other checkpoints of the same names are set aside."""
+    run(folder, steps=[4])
+    aside = folder / EARLIER / "checkpoint-2"
+    for _ in range(2):
+        start = choose_start(folder, A, str(aside))
+        assert start.checkpoint == str(aside)
+        begin_run(start)
+        assert (aside / "optimizer.pt").is_file()
+        assert len(list((folder / EARLIER).rglob("checkpoint-*"))) == 3
+    assert checkpoints(folder) == {}
+
+
+def test_what_is_gone_on_from_has_any_name(folder):
+    """A copy of a checkpoint, or a link to it, is one; the output folder is none."""
+    (folder / "checkpoint-2").rename(folder / "best")
+    (folder / "best" / STATE).write_text('{"global_step": 2}')
+    (folder / "best" / MANIFEST).unlink()
+    (folder / "newest").symlink_to("checkpoint-4")
+    assert [path.name for path in choose_start(folder, A, str(folder / "best")).stale] == ["checkpoint-4"]
+    assert choose_start(folder, A, str(folder / "newest")).stale == []
+    for name in ("model.safetensors", STATE, "optimizer.pt"):
+        (folder / name).write_text("{}")
+    with pytest.raises(RunError, match="is the output folder: name one of its checkpoints"):
+        choose_start(folder, A, str(folder))
+
+
+def test_a_model_alone_is_not_gone_on_from(folder):
+    for name in ("optimizer.pt", MANIFEST):
+        (folder / "checkpoint-4" / name).unlink()
+    for resume in ("latest", "auto", str(folder / "checkpoint-4")):
+        with pytest.raises(RunError, match=r"there is no optimizer in .* \(save_only_model leaves it out\)"):
+            choose_start(folder, A, resume)
+
+
+def test_other_parameters_are_never_allowed(folder):
+    settings = {**A, "lora_r": 16}
+    run(folder, {**A, "lora_r": 8}, overwrite_run=True)
+    for allow in (False, True):
+        with pytest.raises(RunError, match=r"other parameters \(lora_r 8 -> 16\)") as error:
+            choose_start(folder, settings, "latest", allow_changed_settings=allow)
+        assert "--allow_changed_settings" not in str(error.value)
+
+
+def test_a_run_that_went_on_with_changes_goes_on_again(folder):
+    """It died before it had saved anything; its settings were allowed then."""
+    begin_run(choose_start(folder, B, "auto", allow_changed_settings=True))
+    assert choose_start(folder, B, "auto").checkpoint == str(folder / "checkpoint-4")
+    with pytest.raises(RunError, match="holds another run"):
+        choose_start(folder, A, "auto")
+
+
+def test_no_weights_are_ones():
+    assert compare({"reward_weights": None}, {"reward_weights": [1, 1.0]}) == []
+    assert len(compare({"reward_weights": [1, 2]}, {"reward_weights": None})) == 1
+
+
+@pytest.mark.parametrize("changes", [None, 5])
+def test_changes_that_are_no_list(tmp_path, changes):
+    (tmp_path / RUN_FILE).write_text(json.dumps({**A, CHANGED: changes}))
+    assert read_run(tmp_path) == RunRecord(A)
+
+
+def test_an_output_folder_without_a_name():
+    with pytest.raises(RunError, match="--output_dir is empty"):
+        choose_start("", A)

@@ -108,6 +108,27 @@ def find_damage(folder: str | os.PathLike[str], *, with_rollouts: bool = True) -
     return find_missing(folder)
 
 
+def find_unresumable(folder: str | os.PathLike[str]) -> str | None:
+    """Why a run cannot go on from a folder as if it had not stopped, as a sentence; `None` if it can."""
+    damage, folder = find_damage(folder), Path(folder)
+    if damage is not None or any(folder.glob("global_step*")):  # without ZeRO, DeepSpeed's optimizer has no own file
+        return damage
+    missing = find_missing(folder, ["optimizer"])
+    return missing and f"{missing} (save_only_model leaves it out): the optimizer would start afresh"
+
+
+def step_of(folder: str | os.PathLike[str]) -> int | None:
+    """The step of a checkpoint: by its name, or under another one (a copy) by the trainer's state."""
+    folder = Path(folder).resolve()
+    match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
+    if match is not None:
+        return int(match[1])
+    try:
+        return int(json.loads((folder / STATE).read_text())["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def checkpoints(output_dir: str | os.PathLike[str]) -> dict[int, Path]:
     """The checkpoints in an output folder by their step, whole or not."""
     return {
@@ -173,6 +194,9 @@ class WholeCheckpointsMixin(OrderedMixin):
                     f"checkpoint {str(resume_from_checkpoint)!r} is not whole: {damage}; restore it, or resume from "
                     "another one (True: the newest whole one)"
                 )
+        lacks = find_unresumable(resume_from_checkpoint) if resume_from_checkpoint else None
+        if lacks is not None:
+            logger.warning(f"Resuming from {str(resume_from_checkpoint)!r} alone: {lacks}.")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _newest_whole_checkpoint(self) -> str:

@@ -41,6 +41,9 @@ def stop(status: int, message: object) -> NoReturn:
 def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
     """Call the main function of a script that a launcher starts once for each rank; a lone process just calls it.
 
+    A process whose launcher is gone ends within a second, instead of training on without its job; one that a shell has
+    started does not end with the shell.
+
     The line that says why a process ends is the last one on the screen: a launcher reports in a dozen lines of its own
     that a rank has failed, so the rank leaves a small process behind, which waits for the launcher's end (a minute at
     most), says the line again, and ends.
@@ -50,7 +53,6 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
     - an exception ends the process at once, with a line that names rank, host and cause, which the launcher repeats at
       the end of its report; so the launcher can end the others, which may be waiting in a collective call. A process
       that has only lost the connection to another one leaves it the time to be seen first;
-    - a process whose launcher is gone ends within a second, instead of training on without its job;
     - a finished process ends without deallocating its process group: that waits for gloo's threads, while they may be
       waiting for Python's lock, which the deallocating thread holds. Now and then such a process never ended.
 
@@ -61,7 +63,10 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
             What it is called with.
     """
     launcher = os.getppid()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    is_one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if is_one_of_several or _is_launched():
+        threading.Thread(target=_end_with_launcher, args=(launcher,), daemon=True).start()
+    if not is_one_of_several:
         try:
             main(*arguments)
         except SystemExit as stopped:
@@ -71,7 +76,6 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
             _repeat_after(launcher, f"error: {type(error).__name__}: {_one_line(error)}")
             raise
         return
-    threading.Thread(target=_end_with_launcher, args=(launcher,), daemon=True).start()
     error_handler = get_error_handler()
     error_handler.initialize()
     status, last_words = 0, None
@@ -125,6 +129,11 @@ def _end_with_launcher(launcher: int) -> None:
     os._exit(1)
 
 
+def _is_launched() -> bool:
+    """Whether a launcher has started this process, as it says in the environment; a shell must not end it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
 def _report(cause: str) -> str:
     rank = os.environ.get("RANK", "?")
     line = f"error: rank {rank} on {socket.gethostname()} ends: {cause}"
@@ -167,8 +176,7 @@ if end.poll(1000 * int(sys.argv[2])):
 
 def _repeat_after(launcher: int, line: str | None) -> None:
     """Say a line again when the process `launcher` has ended, if it is one; a shell, for one, is not."""
-    is_launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-    if line is None or not is_launched or os.getppid() != launcher:
+    if line is None or not _is_launched() or os.getppid() != launcher:
         return
     try:
         handle = os.pidfd_open(launcher)

@@ -2,20 +2,22 @@
 
 A run's settings lie in `run.yaml`, in its output folder and in each of its checkpoints. The file is a configuration:
 `--config run.yaml` starts the script with it again. [`choose_start`] holds a run's settings against what is there, so
-that no run starts in another one's folder or goes on from another one's checkpoint; [`begin_run`] notes them there.
+that no run starts in another one's folder or goes on from another one's checkpoint; [`BeginRun`] notes them there
+when training begins.
 
 ```python
-start = choose_start(args.output_dir, settings_of(args, {"rewards": bundle.names}), resume="auto")
+others = {"model": model_name, "dataset": dataset_name, "rewards": dict(zip(bundle.names, bundle.weights))}
+start = choose_start(args.output_dir, settings_of(args, others), resume="auto")
 trainer.run_record = start.record  # for its checkpoints
-begin_run(start)
+trainer.add_callback(BeginRun(start))
 trainer.train(resume_from_checkpoint=start.checkpoint)
 ```
 """
 
+import itertools
 import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -23,8 +25,19 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
+from transformers import TrainerCallback
 
-from .checkpoints import EARLIER, checkpoints, find_damage, newest_whole_checkpoint
+from .checkpoints import (
+    ASIDE,
+    EARLIER,
+    STATE,
+    checkpoints,
+    find_damage,
+    find_missing,
+    find_unresumable,
+    newest_whole_checkpoint,
+    step_of,
+)
 
 
 RUN_FILE = "run.yaml"
@@ -53,6 +66,9 @@ _MACHINE = (
 HARMLESS = (*_REPORTS, *_LENGTH, *_MACHINE)
 # They begin as names above do, but decide what is trained on: rows that are held out of a file are not in it.
 NOT_HARMLESS = ("eval_items", "eval_dataset_name")
+
+# They decide which parameters there are: with others, a checkpoint's cannot be loaded.
+PARAMETERS = ("model_name_or_path", "model_revision", "model", "use_peft", "lora_", "use_rslora", "use_dora", "load_in_")
 
 # How a run is started is not what it is.
 _HOW_TO_START = ("resume_from_checkpoint", "overwrite_run", "allow_changed_settings", "config")
@@ -176,9 +192,17 @@ def _plain(value: Any) -> Any:
 
 def is_harmless(name: str) -> bool:
     """Whether a run stays the same run when this setting changes."""
-    return name not in NOT_HARMLESS and any(
-        name.startswith(known) if known.endswith("_") else name == known for known in HARMLESS
-    )
+    return name not in NOT_HARMLESS and _is_one_of(name, HARMLESS)
+
+
+def _is_one_of(name: str, known_names: Iterable[str]) -> bool:
+    return any(name.startswith(known) if known.endswith("_") else name == known for known in known_names)
+
+
+def _is_same(name: str, old: Any, new: Any) -> bool:
+    if name == "reward_weights":  # without any, each is 1
+        old, new = ([1.0] * len(other or ()) if value is None else value for value, other in ((old, new), (new, old)))
+    return bool(old == new)
 
 
 def compare(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[Change]:
@@ -189,7 +213,7 @@ def compare(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[Cha
     return [
         Change(name, recorded[name], present[name])
         for name in sorted(recorded.keys() & present.keys())
-        if recorded[name] != present[name] and not is_harmless(name)
+        if not _is_same(name, recorded[name], present[name]) and not is_harmless(name)
     ]
 
 
@@ -205,7 +229,8 @@ def read_run(folder: str | os.PathLike[str]) -> RunRecord | None:
         raise RunError(f"{str(file)!r} cannot be read ({cause}): restore or delete it") from error
     if not isinstance(content, dict):
         raise RunError(f"{str(file)!r} holds no settings: restore or delete it")
-    return RunRecord(content, content.pop(CHANGED, []))
+    changes = content.pop(CHANGED, None)
+    return RunRecord(content, changes if isinstance(changes, list) else [])
 
 
 def choose_start(
@@ -233,10 +258,12 @@ def choose_start(
         allow_changed_settings (`bool`, *optional*, defaults to `False`):
             Go on from a checkpoint even if this makes it another run; the change is noted.
     """
+    if not os.fspath(output_dir):
+        raise RunError("--output_dir is empty: name a folder")
     folder, record = Path(output_dir), RunRecord(settings)
     _check_writable(folder)
     wanted = None if str(resume).lower() in ("", "none", "false") else str(resume)
-    in_folder = read_run(folder)
+    in_folder = None if _is_untrained(folder) else read_run(folder)
     changes = compare(in_folder.settings, settings) if in_folder is not None else []
     is_same = in_folder is not None and not changes
     newest, damages = newest_whole_checkpoint(folder)
@@ -255,26 +282,52 @@ def choose_start(
         if newest is None:
             found = "; ".join(damages) or "leave it out to start afresh"
             raise RunError(f"--resume_from_checkpoint: there is no checkpoint in {str(folder)!r}; {found}")
-        start = _go_on(folder, newest, settings, allow_changed_settings)
+        start = _go_on(folder, newest, settings, allow_changed_settings, in_folder)
         start.notes[:0] = passed_over
     else:
+        if Path(wanted).resolve() == folder.resolve():
+            raise RunError(
+                f"--resume_from_checkpoint: {wanted!r} is the output folder: name one of its checkpoints, or 'latest'"
+            )
         damage = find_damage(wanted)
         if damage is not None:
             raise RunError(f"--resume_from_checkpoint: {wanted!r} is no whole checkpoint: {damage}")
         if Path(wanted).resolve().parent != folder.resolve():
             _check_folder(folder, in_folder, changes, overwrite_run)
-        start = _go_on(folder, Path(wanted), settings, allow_changed_settings)
+        start = _go_on(folder, Path(wanted), settings, allow_changed_settings, in_folder)
     if start.stale:
         names = ", ".join(sorted(path.name for path in start.stale))
         start.notes.append(f"{names}: set aside in {str(folder / EARLIER)!r} until this run has saved a checkpoint")
     return start
 
 
-def _go_on(folder: Path, checkpoint: Path, settings: dict[str, Any], allow_changed_settings: bool) -> Start:
+def _is_untrained(folder: Path) -> bool:
+    """Whether the run that has begun in a folder has left nothing that another one could spoil."""
+    parts = (STATE, "summary.json", EARLIER)
+    return not (
+        checkpoints(folder)
+        or any(folder.glob(f"{ASIDE}*"))
+        or any((folder / part).exists() for part in parts)
+        or find_missing(folder) is None
+    )
+
+
+def _go_on(
+    folder: Path,
+    checkpoint: Path,
+    settings: dict[str, Any],
+    allow_changed_settings: bool,
+    in_folder: RunRecord | None,
+) -> Start:
     """A start from a checkpoint, if it is this run's."""
-    is_inside = checkpoint.resolve().parent == folder.resolve()
-    step = int(checkpoint.name.rpartition("-")[2]) if is_inside else -1
-    stale = [path for at, path in checkpoints(folder).items() if at > step]
+    lacks = find_unresumable(checkpoint)
+    if lacks is not None:
+        raise RunError(
+            f"--resume_from_checkpoint: {str(checkpoint)!r} is no checkpoint to go on from: {lacks}; name another "
+            "one, or start afresh with it as --model_name_or_path in another --output_dir"
+        )
+    step = step_of(checkpoint) if checkpoint.resolve().parent == folder.resolve() else None
+    stale = [path for at, path in checkpoints(folder).items() if step is None or at > step]
     start = Start(folder, RunRecord(settings), str(checkpoint), [f"goes on from {str(checkpoint)!r}"], stale)
     before = read_run(checkpoint)
     if before is None:
@@ -282,7 +335,12 @@ def _go_on(folder: Path, checkpoint: Path, settings: dict[str, Any], allow_chang
         return start
     start.record.changes = list(before.changes)
     changes = compare(before.settings, settings)
-    if changes and not allow_changed_settings:
+    if any(_is_one_of(change.name, PARAMETERS) for change in changes):
+        raise RunError(
+            f"{str(checkpoint)!r} is of a run with other parameters ({_listed(changes)}): set them back, or start "
+            "afresh in another --output_dir"
+        )
+    if changes and not allow_changed_settings and not _has_gone_on(in_folder, checkpoint, settings):
         raise RunError(
             f"{str(checkpoint)!r} is of a run with other settings ({_listed(changes)}): set them back, start afresh "
             "in another --output_dir, or go on with the new ones: --allow_changed_settings true"
@@ -293,6 +351,14 @@ def _go_on(folder: Path, checkpoint: Path, settings: dict[str, Any], allow_chang
             {"checkpoint": str(checkpoint), "settings": {item.name: [item.old, item.new] for item in changes}}
         )
     return start
+
+
+def _has_gone_on(in_folder: RunRecord | None, checkpoint: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder's run went on from this checkpoint with these settings, and has saved nothing since."""
+    if in_folder is None or not in_folder.changes or compare(in_folder.settings, settings):
+        return False
+    last = in_folder.changes[-1]
+    return isinstance(last, Mapping) and last.get("checkpoint") == str(checkpoint)
 
 
 def _check_folder(folder: Path, in_folder: RunRecord | None, changes: list[Change], overwrite_run: bool) -> None:
@@ -337,17 +403,36 @@ def begin_run(start: Start) -> None:
 
 
 def _prepare(start: Start) -> None:
-    earlier = start.folder / EARLIER
     try:
         start.folder.mkdir(parents=True, exist_ok=True)
-        stale = [path for path in start.stale if path.exists()]
-        if stale:
-            shutil.rmtree(earlier, ignore_errors=True)
-            earlier.mkdir()
-            for path in stale:
-                path.rename(earlier / path.name)
+        for path in start.stale:
+            if path.exists():
+                _set_aside(path, start.folder / EARLIER)
         start.record.write(start.folder)
     except OSError as error:
         raise RunError(
             f"nothing can be written to {str(start.folder)!r} ({error.strerror or error}): choose another --output_dir"
         ) from error
+
+
+def _set_aside(path: Path, earlier: Path) -> None:
+    """Move a checkpoint beside those of still earlier attempts: one of them may be what this run goes on from."""
+    others = (earlier / f"attempt-{number}" for number in itertools.count(2))
+    folder = next(one for one in itertools.chain([earlier], others) if not os.path.lexists(one / path.name))
+    folder.mkdir(parents=True, exist_ok=True)
+    path.rename(folder / path.name)
+
+
+class BeginRun(TrainerCallback):
+    """Calls [`begin_run`] when training begins: the checkpoint to go on from has been loaded by then.
+
+    Args:
+        start ([`Start`]):
+            How the run begins, by [`choose_start`].
+    """
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        begin_run(self.start)

@@ -21,6 +21,20 @@ MAX_EXPONENT = 1000
 
 # A text that is a number and nothing else. What LaTeX puts around it (`\boxed{}`, `$...$`) is taken off beforehand.
 PLAIN_NUMBER = re.compile(rf"(?:{CURRENCY}[ ]?)?{NUMBER.pattern}(?:[ ]?(?:\\?%|{CURRENCY}))?\.?", re.VERBOSE)
+# What may stand around an answer's number without changing its value: LaTeX that only shows it, markdown, degrees, and
+# then letters, white space, punctuation, currency signs and `%`.
+SHOWING = re.compile(
+    r"\\(?:boxed|fbox|text|textbf|textrm|mathbf|mathrm)\{|\\(?:quad\b|[()\[\],;:!$% ])|\*\*|\^\{?\\circ\b"
+)
+AROUND = re.compile(rf"(?:[^\W\d_]|{CURRENCY}|[\s.,;:?!'\"\u2018-\u201d()\[\]{{}}=%#\u00b0*/`-])*+")
+WORD = re.compile(r"[^\W\d_]++")
+UNITS = frozenset("m g l L s h C F km cm mm mi ft in yd kg mg lb oz ml hr am pm st nd rd th".split())
+ARTICLES = frozenset("aAI")
+NAMED = re.compile(r"[\s$*]{0,9}=")
+VALUE_WORDS = frozenset(
+    "pi sqrt sin cos tan log ln exp inf infinity minus negative squared cubed factorial hundred thousand million billion "
+    "trillion".split()
+)
 LATEX_WRAPPERS = (("\\boxed{", "}"), ("\\(", "\\)"), ("$", "$"))
 
 
@@ -48,6 +62,55 @@ def parse_number(text: str | float | Decimal | Rational | None) -> Fraction | No
             return None
     numbers = list(islice(NUMBER.finditer(text), 2))
     return _match_to_fraction(numbers[0]) if len(numbers) == 1 else None
+
+
+def parse_answer_number(text: str | None) -> Fraction | None:
+    r"""The one number that an answer gives, or `None` if it gives none, several, or more mathematics than a number.
+
+    Words, units, currency signs, `%`, punctuation, `\boxed{...}`, `\text{...}`, `$...$` and `x =` may stand around the
+    number. What changes the value may not: `\sqrt{13}` is not 13, and `\frac56`, `5!`, `5x`, `x^5`, `5\pi`, `5 million`
+    and `(5,\infty)` are not 5.
+
+    Args:
+        text (`str` or `None`):
+            The answer.
+
+    Returns:
+        `Fraction` or `None`:
+            The number, within the bounds of [`parse_number`]. Never raises, and takes linear time.
+    """
+    numbers = list(islice(NUMBER.finditer(text or ""), 2))
+    if text is None or len(numbers) != 1:
+        return None
+    number = numbers[0]
+    before, after = SHOWING.sub(" ", text[: number.start()]), text[number.end() :]
+    touching = WORD.match(after)
+    after = SHOWING.sub(" ", after)
+    if not AROUND.fullmatch(before) or not AROUND.fullmatch(after) or after.lstrip().startswith("!"):
+        return None
+    if before[-1:].isalnum() or (touching and _is_latin(touching[0]) and _may_be_factor(touching[0], min_letters=3)):
+        return None
+    for word in WORD.finditer(before):
+        is_variable = _is_latin(word[0]) and _may_be_factor(word[0], min_letters=2)
+        if _changes_value(word[0]) or (is_variable and not NAMED.match(before, word.end())):
+            return None
+    for word in WORD.finditer(after):
+        if _changes_value(word[0]) or (_is_latin(word[0]) and _may_be_factor(word[0], min_letters=2)):
+            return None
+    return _match_to_fraction(number)
+
+
+def _may_be_factor(word: str, min_letters: int) -> bool:
+    return len(word) < min_letters and word not in UNITS and word not in ARTICLES
+
+
+def _changes_value(word: str) -> bool:
+    return word.lower() in VALUE_WORDS
+
+
+def _is_latin(word: str) -> bool:
+    """Whether single letters stand for variables in this script; a Chinese word may have one."""
+    return word[0] < "\u0590" or not word[0].isalpha()
 
 
 def parse_plain_number(text: str) -> Fraction | None:
@@ -111,7 +174,8 @@ def numerically_equal(a: str | float | Decimal | Rational | None, b: str | float
     The comparison is exact (`fractions.Fraction`), so 0.1 is not 0.1000000000000000000001. Whatever the notebooks'
     rule (exactly one match of `-?\d*\.?\d+` on each side, the same number) accepts is accepted, but for one case: that
     rule overlooks a minus that is not ASCII or stands before a currency sign, and so takes `\u22125` and `-$5` for 5.
-    Here they are -5.
+    Here they are -5. Like that rule it overlooks mathematics that changes a value (13 in `\sqrt{13}`); rewards and
+    evaluation do not, see [`is_reference_number`].
 
     Args:
         a (`str`, a number or `None`):
@@ -130,8 +194,8 @@ def numerically_equal(a: str | float | Decimal | Rational | None, b: str | float
 def is_reference_number(given: str | None, reference: str) -> bool:
     r"""Whether a reference is a plain number, and an answer denotes the same one.
 
-    The answer may have words, units or `\boxed{...}` around its number, as in [`parse_number`]. The reference may not:
-    an answer of 13 is wrong where the reference is `\sqrt{13}`, see [`parse_plain_number`].
+    The answer may have words, units or `\boxed{...}` around its number, see [`parse_answer_number`]. The reference may
+    not, see [`parse_plain_number`]: an answer of 13 is wrong where the reference is `\sqrt{13}`, and the other way.
 
     Args:
         given (`str` or `None`):
@@ -144,7 +208,7 @@ def is_reference_number(given: str | None, reference: str) -> bool:
             `False` also where the answer is no single number. Never raises.
     """
     number = parse_plain_number(reference)
-    return number is not None and number == parse_number(given)
+    return number is not None and number == parse_answer_number(given)
 
 
 @dataclass(frozen=True, kw_only=True)
