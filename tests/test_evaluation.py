@@ -191,3 +191,9 @@ def test_what_cannot_be_evaluated_is_told_before_anything_is_generated(monkeypat
     monkeypatch.setattr(model, "generate", lambda **kwargs: pytest.fail("it has generated"))
     with pytest.raises(ValueError, match=message):
         evaluate(model, tokenizer, problems, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("prompt", [5, "", []])
+def test_a_problem_without_a_prompt(prompt):
+    with pytest.raises(ValueError, match="problem 0 has no prompt"):
+        check_problems(Dataset.from_dict({"prompt": [prompt], "answer": ["1"]}))

@@ -245,3 +245,9 @@ def test_a_bundle_in_a_plain_list_pipeline():
         ]
     assert scores == {"correctness_reward_func": [2.0], "format_reward_func": [0.4]}
     assert format_reward_func in tag_bundle()
+
+
+@pytest.mark.parametrize("rewards", [5, {correctness_reward_func}, {}, (r for r in ()), RewardBundle])
+def test_what_is_no_list_of_rewards(rewards):
+    with pytest.raises(TypeError, match="reward_funcs must be|is a class and no reward"):
+        check_rewards(rewards, GRPOExtConfig("out", use_cpu=True, bf16=False), {})
