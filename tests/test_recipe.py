@@ -266,6 +266,21 @@ def test_deepspeed_is_not_installed(recipe, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
 
 
+def test_a_value_that_training_refuses_is_one_line(recipe, tmp_path, capsys, monkeypatch):
+    """And nothing is noted of a run that has not begun."""
+
+    def refuse(*args, **kwargs):
+        raise ValueError("not\nthis")
+
+    monkeypatch.setattr(recipe.GRPOExtTrainer, "train", refuse)
+    monkeypatch.setattr(recipe, "evaluate", lambda *args, **kwargs: None)
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(small(tmp_path))
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: not this"
+    assert not (tmp_path / RUN_FILE).exists()
+
+
 def test_two_runs_and_one_folder(recipe, tmp_path, capsys):
     """A run starts in its own folder again, with its own record; another one neither starts there nor goes on."""
     out = tmp_path / "out"
