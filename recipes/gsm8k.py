@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer
-from trl_grpo_ext.arguments import ArgumentError, OneLineParser
+from trl_grpo_ext.arguments import ArgumentError, OneLineParser, suggestion
 from trl_grpo_ext.checkpoints import CheckpointError
 from trl_grpo_ext.embedded_policy import EMBEDDED_POLICY, embedded_policy_path
 from trl_grpo_ext.evaluation import Accuracy, evaluate
@@ -121,11 +122,20 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, GRPOExtConfig, Mo
         stop(2, error)
     if model_args.model_name_or_path is None:
         stop(2, "--model_name_or_path is missing: name a model on the hub, a folder, or 'embedded'")
+    if training_args.temperature <= 0:
+        stop(
+            2, f"--temperature must be greater than 0, got {training_args.temperature}: all samples would be the same"
+        )
     trackers = get_available_reporting_integrations()
     for name in training_args.report_to:
         if name not in trackers:
             found = ", ".join(trackers) or "none"
-            stop(2, f"--report_to {name}: no such tracker is installed ({found}); install it, or set --report_to none")
+            stop(
+                2,
+                f"--report_to {name}: no such tracker is installed ({found})"
+                f"{suggestion(name, INTEGRATION_TO_CALLBACK)}; install it, or set "
+                "--report_to none",
+            )
     if training_args.remove_unused_columns:
         stop(2, "--remove_unused_columns true would remove the answers, which the rewards need: leave it out")
     recipe_args.settings = settings_of(parser.given)
@@ -150,7 +160,10 @@ def load_problems(args: RecipeArguments, seed: int) -> tuple[Dataset, dict[str, 
     load = partial(load_gsm8k, with_example=args.prompt_example)
     train = load(args.dataset_name, "train")
     if args.eval_dataset_name is not None:
-        heldout = load(args.eval_dataset_name, "test")
+        try:
+            heldout = load(args.eval_dataset_name, "test")
+        except (OSError, ValueError) as error:
+            stop(1, f"--eval_dataset_name {args.eval_dataset_name!r} cannot be loaded. Cause: {error}")
     elif Path(args.dataset_name).is_file():
         if len(train) <= args.eval_items:
             raise ValueError(f"{args.dataset_name} has {len(train)} rows, too few to hold out {args.eval_items}")
@@ -304,7 +317,7 @@ def main(argv: list[str]) -> None:
         if run.checkpoint is None and trainer.accelerator.is_main_process:
             Path(training_args.output_dir, "summary.json").unlink(missing_ok=True)  # an earlier attempt's
         trainer.train(resume_from_checkpoint=run.checkpoint)
-    except (RunError, CheckpointError, ImportError) as error:
+    except (RunError, CheckpointError, ImportError, ValueError) as error:
         stop(1, error)
     after = evaluate_all("after")
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_grpo_ext import evaluation
 from trl_grpo_ext.embedded_policy import embedded_policy_path
-from trl_grpo_ext.evaluation import evaluate, generate_texts, is_flexibly_correct, is_strictly_correct
+from trl_grpo_ext.evaluation import check_problems, evaluate, generate_texts, is_flexibly_correct, is_strictly_correct
 from trl_grpo_ext.tasks import load_arithmetic
 
 
@@ -191,3 +191,9 @@ def test_what_cannot_be_evaluated_is_told_before_anything_is_generated(monkeypat
     monkeypatch.setattr(model, "generate", lambda **kwargs: pytest.fail("it has generated"))
     with pytest.raises(ValueError, match=message):
         evaluate(model, tokenizer, problems, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("prompt", [5, "", []])
+def test_a_problem_without_a_prompt(prompt):
+    with pytest.raises(ValueError, match="problem 0 has no prompt"):
+        check_problems(Dataset.from_dict({"prompt": [prompt], "answer": ["1"]}))

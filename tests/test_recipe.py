@@ -188,6 +188,22 @@ def test_problems_of_a_file_are_split(recipe, tmp_path):
         (["--config", "a.yaml", "--config", "b.yaml"], 2, "--config is there twice"),
         (["--report_to", "wandb"], 2, "--report_to wandb: no such tracker is installed"),
         (["--remove_unused_columns", "true"], 2, "would remove the answers"),
+        (["--loss_type", "grop"], 2, "loss_type: got 'grop', which is none of 'grpo', "),
+        (["--scale_rewards", "grup"], 2, "did you mean group?"),
+        (["--temperature", "0"], 2, "--temperature must be greater than 0"),
+        (["--config", "{folder}/null.yaml"], 2, "bundle: there is no value"),
+        (["--config", "{folder}/number.yaml"], 2, "reward_weights: got 2, which is no list"),
+        (["--config", "{folder}/kwargs.yaml"], 2, "model_init_kwargs: got 'x', which is no mapping"),
+        (["--config", "{folder}/text.yaml"], 2, "dataset_name: got 5, which is no text"),
+        (["--config", "{folder}/scheduler.yaml"], 2, "did you mean cosine?"),
+        (["--report_to", "tensorbord"], 2, "did you mean tensorboard?"),
+        (
+            ["--eval_dataset_name", "nowhere.jsonl", "--dataset_name", "{folder}/good.jsonl"],
+            1,
+            "--eval_dataset_name 'n",
+        ),
+        (["--output_dir", ""], 2, "--output_dir is empty"),
+        (["--lr", "1"], 2, "there is no option --lr"),
         (["--use_vllm", "true"], 1, "Please install vLLM"),
         (
             ["--use_peft", "true", "--lora_target_modules", "no_such_layer"],
@@ -199,7 +215,18 @@ def test_problems_of_a_file_are_split(recipe, tmp_path):
 def test_errors_are_one_line(recipe, tmp_path, capsys, monkeypatch, arguments, status, message):
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     monkeypatch.setattr("trl.generation.vllm_generation.is_vllm_available", lambda: False)
-    for name, setting in (("misspelt", "train_itmes: 3"), ("choice", "bundle: gms8k"), ("type", "max_steps: 2.5")):
+    settings = {
+        "misspelt": "train_itmes: 3",
+        "choice": "bundle: gms8k",
+        "type": "max_steps: 2.5",
+        "null": "bundle: null",
+        "number": "reward_weights: 2",
+        "kwargs": "model_init_kwargs: x",
+        "text": "dataset_name: 5",
+        "scheduler": "lr_scheduler_type: cosin",
+    }
+    (tmp_path / "good.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
+    for name, setting in settings.items():
         (tmp_path / f"{name}.yaml").write_text(f"use_cpu: true\nbf16: false\n{setting}\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
     (tmp_path / "unknown.yaml").write_text("use_cpu: true\nbf16: false\nno_such_option: 1\n")
@@ -220,6 +247,14 @@ def test_errors_are_one_line(recipe, tmp_path, capsys, monkeypatch, arguments, s
     assert message in last_line
 
 
+def test_numbers_that_a_file_has_as_texts(recipe, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        'use_cpu: true\nbf16: false\nmodel_name_or_path: embedded\noutput_dir: out\nreward_weights: ["1", "0.5"]\n'
+    )
+    recipe_args, training_args, _ = recipe.parse_arguments(["--config", str(tmp_path / "run.yaml")])
+    assert training_args.reward_weights == recipe_args.settings["reward_weights"] == [1.0, 0.5]
+
+
 def test_deepspeed_is_not_installed(recipe, tmp_path, capsys, monkeypatch):
     """It is asked for by an option, or by a launch configuration, which sets the environment of the ranks."""
     monkeypatch.setattr("trl_grpo_ext.arguments.is_deepspeed_available", lambda: False)
@@ -229,6 +264,21 @@ def test_deepspeed_is_not_installed(recipe, tmp_path, capsys, monkeypatch):
         assert stopped.value.code == 2
         assert "error: DeepSpeed is not installed: install it" in capsys.readouterr().err.splitlines()[-1]
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+
+
+def test_a_value_that_training_refuses_is_one_line(recipe, tmp_path, capsys, monkeypatch):
+    """And nothing is noted of a run that has not begun."""
+
+    def refuse(*args, **kwargs):
+        raise ValueError("not\nthis")
+
+    monkeypatch.setattr(recipe.GRPOExtTrainer, "train", refuse)
+    monkeypatch.setattr(recipe, "evaluate", lambda *args, **kwargs: None)
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(small(tmp_path))
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: not this"
+    assert not (tmp_path / RUN_FILE).exists()
 
 
 def test_two_runs_and_one_folder(recipe, tmp_path, capsys):

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from trl_grpo_ext.config import GRPOExtConfig
 from trl_grpo_ext.rewards import (
     RewardBundle,
     correctness_reward_func,
@@ -20,6 +21,7 @@ from trl_grpo_ext.rewards import (
     xmlcount_reward_func,
 )
 from trl_grpo_ext.tasks import format_solution
+from trl_grpo_ext.trainer import check_rewards
 
 
 GSM8K_NAMES = [
@@ -245,3 +247,9 @@ def test_a_bundle_in_a_plain_list_pipeline():
         ]
     assert scores == {"correctness_reward_func": [2.0], "format_reward_func": [0.4]}
     assert format_reward_func in tag_bundle()
+
+
+@pytest.mark.parametrize("rewards", [5, {correctness_reward_func}, {}, (r for r in ()), RewardBundle])
+def test_what_is_no_list_of_rewards(rewards):
+    with pytest.raises(TypeError, match=r"reward_funcs must be|is a class and no reward"):
+        check_rewards(rewards, GRPOExtConfig("out", use_cpu=True, bf16=False), {})

@@ -4,12 +4,23 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import Field, fields
-from typing import Any, NoReturn
+from dataclasses import MISSING, Field, fields
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from accelerate.utils import is_deepspeed_available
 from trl import TrlParser
 from yaml import YAMLError
+
+
+# What TRL looks at in the first step only.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "scale_rewards": ("group", "batch", "none", True, False),
+    "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+}
 
 
 class ArgumentError(ValueError):
@@ -27,6 +38,9 @@ class OneLineParser(TrlParser):
 
     given: dict[str, Any]
 
+    def __init__(self, dataclass_types: Any = None, **kwargs: Any) -> None:
+        super().__init__(dataclass_types, **{"allow_abbrev": False, **kwargs})
+
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)", message)
         if choice is not None:
@@ -37,6 +51,8 @@ class OneLineParser(TrlParser):
         parsed, remaining = super().parse_known_args(args, namespace)
         self.given = dict(vars(parsed))
         self._check_values()
+        for name, value in self.given.items():  # lists of a file, with numbers for texts
+            setattr(parsed, name, value)
         return parsed, remaining
 
     def _check_values(self) -> None:
@@ -47,10 +63,17 @@ class OneLineParser(TrlParser):
                 "DeepSpeed is not installed: install it (pip install deepspeed), or choose a launch configuration "
                 "without it"
             )
+        # not the fields' types: transformers' parser changes them
+        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         for item in self._fields():
-            value, choices = self.given[item.name], item.metadata.get("choices")
+            value, choices = self.given[item.name], item.metadata.get("choices") or CHOICES.get(item.name)
+            kinds = get_args(hints[item.name]) if get_origin(hints[item.name]) in (Union, UnionType) else ()
+            kinds = kinds or (hints[item.name],)
             if value is None:
+                if item.default not in (None, MISSING, "") and type(None) not in kinds:
+                    raise ArgumentError(f"{item.name}: there is no value; leave the option out for its default")
                 continue
+            self.given[item.name] = value = _check_kind(item.name, value, kinds)
             if choices is not None and value not in choices:
                 listed, nearest = ", ".join(map(repr, choices)), suggestion(str(value), map(str, choices))
                 raise ArgumentError(f"{item.name}: got {value!r}, which is none of {listed}{nearest}")
@@ -82,7 +105,11 @@ class OneLineParser(TrlParser):
         except YAMLError as error:
             raise ArgumentError(f"{_file_of(arguments)}: {error}") from error
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-            raise ArgumentError(str(error)) from error
+            message = str(error)
+            choice = re.search(r"(\S+) is not a valid \w+, please select one of \[(.*)\]", message)
+            if choice is not None:
+                message += suggestion(choice[1].strip("'"), [name.strip(" '") for name in choice[2].split(",")])
+            raise ArgumentError(message) from error
         names = {item.name for item in self._fields()}
         for option in on_command_line:
             name = option.partition("=")[0].lstrip("-").replace("-", "_")
@@ -94,6 +121,25 @@ class OneLineParser(TrlParser):
             if name not in ignore:
                 raise ArgumentError(f"{_file_of(arguments)}: there is no option {name!r}{suggestion(name, names)}")
         return tuple(parsed)
+
+
+def _check_kind(name: str, value: Any, kinds: Sequence[Any]) -> Any:
+    """A value that is of one of these types, numbers in lists made of texts; raises for another one."""
+    without_none = [kind for kind in kinds if kind is not type(None)]
+    if without_none == [str] and not isinstance(value, (str, bool)):
+        raise ArgumentError(f"{name}: got {value!r}, which is no text")
+    if name.endswith("_kwargs") and not (isinstance(value, dict) or str(value).lstrip().startswith("{")):
+        raise ArgumentError(f"{name}: got {value!r}, which is no mapping of names to values")
+    if len(without_none) == 1 and get_origin(without_none[0]) is list:
+        if not isinstance(value, list):
+            raise ArgumentError(f"{name}: got {value!r}, which is no list")
+        kind = get_args(without_none[0])[0]
+        if kind in (int, float):
+            try:
+                return [kind(item) if isinstance(item, str) else item for item in value]
+            except ValueError as error:
+                raise ArgumentError(f"{name}: {error}") from error
+    return value
 
 
 def suggestion(name: str, names: Iterable[str], prefix: str = "") -> str:

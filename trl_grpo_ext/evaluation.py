@@ -182,6 +182,9 @@ def check_problems(dataset: "Dataset") -> None:
                 f"problems need the columns 'prompt' and 'answer', and these have {', '.join(dataset.column_names)}: "
                 f"rename the one that holds the {column}"
             )
+    for index, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str | list) or not prompt:
+            raise ValueError(f"problem {index} has no prompt: {str(prompt)[:60]!r} is neither a text nor messages")
     for index, answer in enumerate(dataset["answer"]):
         if reference_to_text(answer) is None:
             raise ValueError(

@@ -68,7 +68,16 @@ HARMLESS = (*_REPORTS, *_LENGTH, *_MACHINE)
 NOT_HARMLESS = ("eval_items", "eval_dataset_name")
 
 # They decide which parameters there are: with others, a checkpoint's cannot be loaded.
-PARAMETERS = ("model_name_or_path", "model_revision", "model", "use_peft", "lora_", "use_rslora", "use_dora", "load_in_")
+PARAMETERS = (
+    "model_name_or_path",
+    "model_revision",
+    "model",
+    "use_peft",
+    "lora_",
+    "use_rslora",
+    "use_dora",
+    "load_in_",
+)
 
 # How a run is started is not what it is.
 _HOW_TO_START = ("resume_from_checkpoint", "overwrite_run", "allow_changed_settings", "config")

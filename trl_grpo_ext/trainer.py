@@ -84,6 +84,8 @@ def weights_of(reward_funcs: Any, reward_weights: list[float] | None) -> list[fl
 def check_rewards(reward_funcs: Any, args: GRPOConfig, given: Mapping[str, Any]) -> None:
     """Raise unless the rewards are some, and can grade the data sets. `given` are the arguments by name."""
     rewards = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    if reward_funcs is not None and not isinstance(reward_funcs, list | tuple | str) and not callable(reward_funcs):
+        raise TypeError(f"reward_funcs must be a reward or a list of rewards, got a {type(reward_funcs).__name__}")
     for reward_func in rewards:
         refuse_what_is_no_reward(reward_func)
     if not extension_setting(args, "check_references"):

@@ -47,6 +47,8 @@ def refuse_what_is_no_reward(reward_func: Any) -> None:
     if isinstance(reward_func, FunctionType) and (reward_func.__module__ or "").startswith(f"{__package__}."):
         name = reward_func.__name__
         raise TypeError(f"{name} is no reward itself: pass what it makes when it is called, {name}()")
+    if isinstance(reward_func, type):
+        raise TypeError(f"{reward_func.__name__} is a class and no reward: pass what it makes, or a function")
     if isinstance(reward_func, RewardBundle):
         raise TypeError(f"{reward_func!r} stands inside a list of rewards: pass `bundle + [other_reward]`")
 

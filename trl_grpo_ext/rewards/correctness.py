@@ -28,12 +28,62 @@ SHOWING = re.compile(
 )
 AROUND = re.compile(rf"(?:[^\W\d_]|{CURRENCY}|[\s.,;:?!'\"\u2018-\u201d()\[\]{{}}=%#\u00b0*/`-])*+")
 WORD = re.compile(r"[^\W\d_]++")
-UNITS = frozenset("m g l L s h C F km cm mm mi ft in yd kg mg lb oz ml hr am pm st nd rd th".split())
+UNITS = frozenset(
+    [
+        "m",
+        "g",
+        "l",
+        "L",
+        "s",
+        "h",
+        "C",
+        "F",
+        "km",
+        "cm",
+        "mm",
+        "mi",
+        "ft",
+        "in",
+        "yd",
+        "kg",
+        "mg",
+        "lb",
+        "oz",
+        "ml",
+        "hr",
+        "am",
+        "pm",
+        "st",
+        "nd",
+        "rd",
+        "th",
+    ]
+)
 ARTICLES = frozenset("aAI")
 NAMED = re.compile(r"[\s$*]{0,9}=")
 VALUE_WORDS = frozenset(
-    "pi sqrt sin cos tan log ln exp inf infinity minus negative squared cubed factorial hundred thousand million billion "
-    "trillion".split()
+    [
+        "pi",
+        "sqrt",
+        "sin",
+        "cos",
+        "tan",
+        "log",
+        "ln",
+        "exp",
+        "inf",
+        "infinity",
+        "minus",
+        "negative",
+        "squared",
+        "cubed",
+        "factorial",
+        "hundred",
+        "thousand",
+        "million",
+        "billion",
+        "trillion",
+    ]
 )
 LATEX_WRAPPERS = (("\\boxed{", "}"), ("\\(", "\\)"), ("$", "$"))
 
@@ -68,8 +118,8 @@ def parse_answer_number(text: str | None) -> Fraction | None:
     r"""The one number that an answer gives, or `None` if it gives none, several, or more mathematics than a number.
 
     Words, units, currency signs, `%`, punctuation, `\boxed{...}`, `\text{...}`, `$...$` and `x =` may stand around the
-    number. What changes the value may not: `\sqrt{13}` is not 13, and `\frac56`, `5!`, `5x`, `x^5`, `5\pi`, `5 million`
-    and `(5,\infty)` are not 5.
+    number. What changes the value may not: `\sqrt{13}` is not 13, and `5!`, `5x`, `x^5`, `5\pi`, `5 million` and
+    `(5,\infty)` are not 5.
 
     Args:
         text (`str` or `None`):
