@@ -131,9 +131,9 @@ def _check_kind(name: str, value: Any, kinds: Sequence[Any]) -> Any:
     if name.endswith("_kwargs") and not (isinstance(value, dict) or str(value).lstrip().startswith("{")):
         raise ArgumentError(f"{name}: got {value!r}, which is no mapping of names to values")
     if len(without_none) == 1 and get_origin(without_none[0]) is list:
-        if not isinstance(value, list):
-            raise ArgumentError(f"{name}: got {value!r}, which is no list")
         kind = get_args(without_none[0])[0]
+        if not isinstance(value, list) and not (kind is str and isinstance(value, str)):  # one name may stand alone
+            raise ArgumentError(f"{name}: got {value!r}, which is no list")
         if kind in (int, float):
             try:
                 return [kind(item) if isinstance(item, str) else item for item in value]
