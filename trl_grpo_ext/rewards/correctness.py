@@ -29,61 +29,19 @@ SHOWING = re.compile(
 AROUND = re.compile(rf"(?:[^\W\d_]|{CURRENCY}|[\s.,;:?!'\"\u2018-\u201d()\[\]{{}}=%#\u00b0*/`-])*+")
 WORD = re.compile(r"[^\W\d_]++")
 UNITS = frozenset(
-    [
-        "m",
-        "g",
-        "l",
-        "L",
-        "s",
-        "h",
-        "C",
-        "F",
-        "km",
-        "cm",
-        "mm",
-        "mi",
-        "ft",
-        "in",
-        "yd",
-        "kg",
-        "mg",
-        "lb",
-        "oz",
-        "ml",
-        "hr",
-        "am",
-        "pm",
-        "st",
-        "nd",
-        "rd",
-        "th",
-    ]
+    (
+        *("m", "g", "l", "L", "s", "h", "C", "F", "km", "cm", "mm", "mi", "ft", "in"),
+        *("yd", "kg", "mg", "lb", "oz", "ml", "hr", "am", "pm", "st", "nd", "rd", "th"),
+    )
 )
 ARTICLES = frozenset("aAI")
 NAMED = re.compile(r"[\s$*]{0,9}=")
 VALUE_WORDS = frozenset(
-    [
-        "pi",
-        "sqrt",
-        "sin",
-        "cos",
-        "tan",
-        "log",
-        "ln",
-        "exp",
-        "inf",
-        "infinity",
-        "minus",
-        "negative",
-        "squared",
-        "cubed",
-        "factorial",
-        "hundred",
-        "thousand",
-        "million",
-        "billion",
-        "trillion",
-    ]
+    (
+        *("pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "inf", "infinity"),
+        *("minus", "negative", "squared", "cubed", "factorial", "hundred"),
+        *("thousand", "million", "billion", "trillion"),
+    )
 )
 LATEX_WRAPPERS = (("\\boxed{", "}"), ("\\(", "\\)"), ("$", "$"))
 
