@@ -63,9 +63,10 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
             What it is called with.
     """
     launcher = os.getppid()
+    is_done = threading.Event()
     is_one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if is_one_of_several or _is_launched():
-        threading.Thread(target=_end_with_launcher, args=(launcher,), daemon=True).start()
+        threading.Thread(target=_end_with_launcher, args=(launcher, is_done), daemon=True).start()
     if not is_one_of_several:
         try:
             main(*arguments)
@@ -75,6 +76,8 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
         except Exception as error:
             _repeat_after(launcher, f"error: {type(error).__name__}: {_one_line(error)}")
             raise
+        finally:
+            is_done.set()
         return
     error_handler = get_error_handler()
     error_handler.initialize()
@@ -122,9 +125,10 @@ def is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _end_with_launcher(launcher: int) -> None:
+def _end_with_launcher(launcher: int, is_done: threading.Event) -> None:
     while os.getppid() == launcher:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        if is_done.wait(SECONDS_BETWEEN_LOOKS):
+            return
     _report(f"its launcher, process {launcher}, is gone")
     os._exit(1)
 
