@@ -6,7 +6,15 @@ import random
 import pytest
 import torch
 
-from trl_grpo_ext.metrics import FIELDS, LeftOut, Statistics, micro_batch_statistics, nothing_seen
+from trl_grpo_ext.metrics import (
+    FIELDS,
+    LeftOut,
+    Statistics,
+    micro_batch_statistics,
+    nothing_seen,
+    objective_statistics,
+)
+from trl_grpo_ext.objective import ClippedObjective
 from trl_grpo_ext.passes import PassStatistics, can_shorten, can_stop, exceeds_target
 
 
@@ -207,6 +215,30 @@ def test_passes_in_one_optimizer_step_cannot_stop(passes, micro_batches, accumul
 )
 def test_a_pass_is_left_to_be_given_up(passes, micro_batches, accumulation, possible):
     assert can_shorten(passes, micro_batches, accumulation) == possible
+
+
+def test_statistics_of_an_objective():
+    """All that it knows is handed on: on the sequence level a placeholder would count as a row."""
+    rows = made_up(0, True)
+    logps, old, reference, mask = (torch.tensor(rows[name]) for name in ("log_ratio", "entropies", "kl", "mask"))
+    objective = ClippedObjective(0.2, 0.2, beta=0.1, level="sequence")
+    output = objective(logps, old, torch.tensor([1.0, 0.0, -1.0, 2.0, 1.0]), mask, reference)
+    live, entropies, left_out = torch.tensor(rows["live"]), old, LeftOut(3, 2, 9)
+    for is_placeholder in (False, True):
+        expected = micro_batch_statistics(
+            mask,
+            logps - old,
+            output.is_low_clipped,
+            output.is_high_clipped,
+            live,
+            entropies,
+            output.per_token_kl,
+            left_out,
+            is_placeholder,
+        )
+        found = objective_statistics(output, logps - old, live, entropies, left_out, is_placeholder)
+        assert found.equal(expected)
+        assert found[FIELDS.index("units")] == (3 if is_placeholder else 8)
 
 
 def test_nothing_seen_changes_nothing():

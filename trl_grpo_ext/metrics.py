@@ -186,7 +186,7 @@ class Statistics:
             },
             over="units",
         )
-        if clipping and self.smallest("low_share_min") <= 1.0:  # else no row has a token
+        if clipping:  # then there is a row with a share
             clipping["clip_ratio/low_min"] = self.smallest("low_share_min")
             clipping["clip_ratio/high_max"] = self.largest("high_share_max")
         of_tokens = {"entropy": "entropy", **({"kl": "kl_to_reference"} if with_reference else {})}

@@ -45,11 +45,11 @@ def exceeds_target(kl: float, tokens: float, target_kl: float) -> bool:
         kl (`float`):
             Sum of the KL from the old to the new policy over tokens, in nats.
         tokens (`float`):
-            Number of these tokens; where there are none, nothing has moved away.
+            Number of these tokens; where there are none, the sum is 0, and nothing has moved away.
         target_kl (`float`):
             Nats a token.
     """
-    return tokens > 0 and kl > target_kl * tokens
+    return kl > target_kl * tokens
 
 
 @dataclass
