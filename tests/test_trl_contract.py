@@ -183,7 +183,7 @@ def test_whose_method_it_is(name, monkeypatch):
     assert compat.foreign_override(trainers[GRPOTrainer], name) is None
     assert compat.foreign_override(trainers[GRPOExtTrainer], name) is None
     assert compat.foreign_override(trainers[Other], name) == f"Other.{name}"
-    setattr(trainers[GRPOTrainer], name, None)
+    setattr(trainers[GRPOTrainer], name, print)
     assert "set on this GRPOTrainer" in compat.foreign_override(trainers[GRPOTrainer], name)
 
     @functools.wraps(getattr(GRPOTrainer, name))
