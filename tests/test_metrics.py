@@ -211,7 +211,10 @@ def test_passes_in_one_optimizer_step_cannot_stop(passes, micro_batches, accumul
 
 @pytest.mark.parametrize(
     ("passes", "micro_batches", "accumulation", "possible"),
-    [(2, 1, 1, False), (2, 2, 2, False), (2, 4, 4, False), (3, 1, 1, True), (2, 2, 1, True), (2, 3, 2, True)],
+    [
+        *((2, 1, 1, False), (2, 2, 2, False), (2, 4, 4, False), (3, 1, 1, True), (2, 2, 1, True), (2, 3, 2, True)),
+        (2, 3, 4, True),  # passes and optimizer steps do not line up
+    ],
 )
 def test_a_pass_is_left_to_be_given_up(passes, micro_batches, accumulation, possible):
     assert can_shorten(passes, micro_batches, accumulation) == possible
@@ -243,6 +246,9 @@ def test_statistics_of_an_objective():
 
 def test_nothing_seen_changes_nothing():
     seen = statistics_of(made_up(0, True))
+    nothing = dict(zip(FIELDS, nothing_seen(seen.device).tolist(), strict=True))
+    ends = {"live_ratio_max": -math.inf, "low_share_min": math.inf, "high_share_max": -math.inf}
+    assert nothing == {**dict.fromkeys(FIELDS, 0.0), **ends}
     both = Statistics(torch.stack([seen, nothing_seen(seen.device)]))
     alone = Statistics(seen.unsqueeze(0))
     assert both.of_trl(True) == alone.of_trl(True)

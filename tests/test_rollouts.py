@@ -16,7 +16,8 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext.config import GRPOExtConfig
-from trl_grpo_ext.rollouts import FOLDER, RolloutBuffer, RolloutError, carries_gradient
+from trl_grpo_ext.metrics import LeftOut
+from trl_grpo_ext.rollouts import FOLDER, RolloutBuffer, RolloutError, carries_gradient, logps_of_completions
 from trl_grpo_ext.trainer import GRPOExtTrainer
 
 
@@ -159,6 +160,44 @@ def test_trimming_and_old_logps():
     assert buffer.trimmed(0)["old_per_token_logps"].shape == (2, 3)
 
 
+def test_trimming_where_prompts_are_as_wide():
+    """Only completions are trimmed, and one column is left of them."""
+    (batch,) = micro_batches([1.0, 1], lengths=[0, 0], columns=3)
+    trimmed = RolloutBuffer([batch]).trimmed(0)
+    assert trimmed["completion_ids"].shape == (2, 1)
+    assert trimmed["prompt_ids"].shape == trimmed["prompt_mask"].shape == (2, 3)
+
+
+def test_old_logps_keep_their_precision():
+    buffer = RolloutBuffer(micro_batches([1.0, 1]))
+    buffer.set_old_logps(0, torch.full((2, 5), -0.5, dtype=torch.float64))
+    assert buffer[0]["old_per_token_logps"].dtype == torch.float64
+    assert buffer[0]["old_per_token_logps"].unique().tolist() == [-0.5]
+
+
+def test_rows_stay_while_old_logps_are_known_for_some_only():
+    buffer = RolloutBuffer(micro_batches([1.0] * 8))
+    before = rows_of(buffer)
+    buffer.set_old_logps(0, torch.zeros(2, 5))
+    torch.manual_seed(0)
+    buffer.shuffle(1, by_prompt=False)
+    assert rows_of(buffer) == before
+
+
+def test_log_probabilities_of_completions():
+    """Those of the micro-batch's own rows, whatever else was computed, without columns in which all are padded."""
+    (batch,) = micro_batches([1.0, 1], lengths=[2, 3])
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    logps = -torch.arange(1.0, 11).view(2, 5)
+    others = (ids.flip(0), logps - 7)
+    assert logps_of_completions([others, (ids, logps)], batch).equal(logps)
+    trimmed = logps_of_completions([(ids[:, :-2], logps[:, :3])], batch)
+    assert trimmed.equal(torch.nn.functional.pad(logps[:, :3], (0, 2)))
+    assert logps_of_completions([(ids[:, :-3], logps[:, :2])], batch) is None  # a token is missing
+    assert logps_of_completions([(ids[:1], logps[:1]), (torch.cat([ids, ids], 1), torch.ones(2, 8))], batch) is None
+    assert logps_of_completions([], batch) is None
+
+
 def test_iterations_and_distances():
     buffer = RolloutBuffer(micro_batches([1.0] * 6), start_step=12)  # three micro-batches
     assert [buffer.iteration(step) for step in range(12, 19)] == [1, 1, 1, 2, 2, 2, 3]
@@ -200,6 +239,24 @@ def test_saved_is_loaded(tmp_path):
     for mine, theirs in zip(buffer, loaded, strict=True):
         assert mine.keys() == theirs.keys()
         assert all(value.equal(theirs[key]) and value.dtype == theirs[key].dtype for key, value in mine.items())
+
+
+def test_all_that_is_known_of_rows_is_loaded(tmp_path):
+    buffer = RolloutBuffer(
+        [{**batch, "of.another.kind": torch.ones(2)} for batch in micro_batches([1.0, 0, 0, 0, 1, 1], lengths=[5] * 6)]
+    )
+    buffer.arrange(2, skip_zero_advantage=True, by_prompt=False)
+    buffer.has_only_text = False  # as another process has said
+    folder = tmp_path / "checkpoint-1" / "rollouts"
+    buffer.save(folder, 0, 1, {})
+    loaded, _ = RolloutBuffer.load(folder, 0, 1)
+    assert (loaded.has_only_text, loaded.is_arranged, loaded.skips_rows) == (False, True, True)
+    assert (loaded.num_skipped, loaded.padded_shape) == (buffer.num_skipped, buffer.padded_shape) == (3, (2, 8))
+    assert [loaded.left_out(index) for index in range(3)] == [LeftOut(3, 3, 15), LeftOut(), LeftOut()]
+    assert [loaded.is_placeholder(index) for index in range(3)] == [False, True, False]
+    assert "of.another.kind" in loaded[0]
+    fresh = RolloutBuffer(micro_batches([1.0, 1]))
+    assert (fresh.is_arranged, fresh.skips_rows, fresh.left_out(0)) == (False, False, LeftOut())
 
 
 @pytest.mark.parametrize(
