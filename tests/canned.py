@@ -84,6 +84,27 @@ def canned_config(output_dir, config_class=GRPOConfig, **options):
     )
 
 
+def short_run_config(output_dir, config_class=GRPOConfig, **options):
+    """Settings of a run of a step, one group of short completions, on a CPU."""
+    return config_class(
+        **{
+            "output_dir": str(output_dir),
+            "max_steps": 1,
+            "per_device_train_batch_size": 4,
+            "num_generations": 4,
+            "max_completion_length": 8,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            **options,
+        }
+    )
+
+
 @dataclass
 class Forward:
     """A forward of some rows with so many tokens altogether, padding included."""

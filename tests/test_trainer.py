@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+from canned import short_run_config
 from datasets import Dataset, IterableDataset
 from tiny import CHAT_TEMPLATE, save_tiny_policy, save_tiny_reward_model, tiny_model, tiny_tokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -19,21 +20,7 @@ from trl_grpo_ext.tasks import load_arithmetic
 
 
 def config(output_dir, config_class=GRPOExtConfig, **options):
-    return config_class(
-        output_dir=str(output_dir),
-        max_steps=1,
-        per_device_train_batch_size=4,
-        num_generations=4,
-        max_completion_length=8,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **options,
-    )
+    return short_run_config(output_dir, config_class, **options)
 
 
 def make(folder, reward_funcs, dataset=None, args=None, trainer_class=GRPOExtTrainer, **options):

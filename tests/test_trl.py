@@ -7,31 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from canned import short_run_config
 from datasets import Dataset
 from tiny import save_tiny_policy, save_tiny_reward_model, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from trl_grpo_ext.rewards import RewardBundle, exact_correctness_reward_func, gsm8k_bundle
 from trl_grpo_ext.tasks import load_arithmetic
 
 
 def config(output_dir, **options):
-    return GRPOConfig(
-        output_dir=str(output_dir),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        num_generations=4,
-        max_completion_length=8,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **options,
-    )
+    return short_run_config(output_dir, max_steps=2, **options)
 
 
 def train(bundle, args):

@@ -120,21 +120,26 @@ def find_unresumable(folder: str | os.PathLike[str]) -> str | None:
 def step_of(folder: str | os.PathLike[str]) -> int | None:
     """The step of a checkpoint: by its name, or under another one (a copy) by the trainer's state."""
     folder = Path(folder).resolve()
-    match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
-    if match is not None:
-        return int(match[1])
+    step = _step_in_name(folder)
+    if step is not None:
+        return step
     try:
         return int(json.loads((folder / STATE).read_text())["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
+def _step_in_name(folder: Path) -> int | None:
+    match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
+    return None if match is None else int(match[1])
+
+
 def checkpoints(output_dir: str | os.PathLike[str]) -> dict[int, Path]:
     """The checkpoints in an output folder by their step, whole or not."""
     return {
-        int(match[1]): path
+        step: path
         for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
+        if path.is_dir() and (step := _step_in_name(path)) is not None
     }
 
 

@@ -31,6 +31,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from .objective import LOSS_TYPES
+from .ranks import is_so_anywhere
 
 
 # Members of TRL's trainer that mixins override, and call through `super()`.
@@ -269,8 +270,7 @@ def _draws_random_numbers(trainer: GRPOTrainer) -> bool:
             draws = True
         else:
             draws = any(_differs(state, before[name]) for name, state in _generator_states(device).items())
-    found = torch.tensor([float(draws)], device=device)
-    return bool(trainer.accelerator.reduce(found, reduction="sum").item() > 0)
+    return is_so_anywhere(trainer.accelerator, draws)
 
 
 @contextmanager

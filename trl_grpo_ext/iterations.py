@@ -18,6 +18,7 @@ from .metrics import micro_batch_statistics, nothing_seen, objective_statistics
 from .mixin_order import OrderedMixin
 from .objective import ClippedObjective, clip_binds
 from .passes import PassStatistics, can_shorten, exceeds_target
+from .ranks import is_so_anywhere
 from .rollouts import (
     FOLDER,
     RolloutBuffer,
@@ -132,7 +133,7 @@ class MultiIterationMixin(OrderedMixin):
 
     def _new_rollouts(self, micro_batches: Sequence[dict[str, Any]], step: int) -> RolloutBuffer:
         rollouts = RolloutBuffer(micro_batches, start_step=step)
-        rollouts.has_only_text = self._is_so_everywhere(rollouts.has_only_text)
+        rollouts.has_only_text = not is_so_anywhere(self.accelerator, not rollouts.has_only_text)
         self._report_foreign_loss()
         window = self._window_within_rollouts()
         if window is not None and (step - self._window_position) % window != 0:
@@ -149,13 +150,6 @@ class MultiIterationMixin(OrderedMixin):
                     if rollouts.needs_old_logps(index) and rollouts.micro_batches_until(index) >= until_optimizer_step:
                         rollouts.set_old_logps(index, self._forward(self.model, rollouts[index])[0])
         return rollouts
-
-    def _is_so_everywhere(self, condition: bool) -> bool:
-        """Whether a condition holds on all processes: what calls each of them makes must be decided together."""
-        if self.accelerator.num_processes == 1:
-            return condition
-        failures = torch.tensor([float(not condition)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(failures, reduction="sum").item() == 0)
 
     def _may_move_rows(self, rollouts: RolloutBuffer) -> bool:
         """Whether the loss is the same however the rows of an optimizer step are dealt out to micro-batches."""
@@ -443,7 +437,7 @@ class MultiIterationMixin(OrderedMixin):
                 "pass_sums": None if pass_sums is None else pass_sums.tolist(),
             }
             unwritable = None if self._rollouts is None else self._rollouts.find_unwritable()
-            if not self._is_so_everywhere(unwritable is None):
+            if is_so_anywhere(self.accelerator, unwritable is not None):
                 logger.warning(f"The checkpoint is without rollouts, which hold what a file cannot ({unwritable}).")
             elif self._rollouts is None:
                 save_no_rollouts(folder / FOLDER, rank, num_ranks, state)
@@ -476,7 +470,7 @@ class MultiIterationMixin(OrderedMixin):
             settings=self._rollout_settings(),
         )
         # All processes generate, or none does.
-        if not self._is_so_everywhere(state is not None) or state is None:
+        if is_so_anywhere(self.accelerator, state is None) or state is None:
             logger.warning(f"{why_not or 'Another process has no rollouts'}: going on with fresh ones.")
             return
         compat.set_step(self, state["step"])

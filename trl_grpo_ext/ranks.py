@@ -1,4 +1,4 @@
-"""What a process of a distributed run owes the others: that it ends when it must, and says why."""
+"""What a process of a distributed run owes the others: to decide with them, to end when it must, and to say why."""
 
 import os
 import socket
@@ -12,6 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+from accelerate import Accelerator
 from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers import TrainerCallback
@@ -118,6 +120,14 @@ class BoundCollectiveCalls(TrainerCallback):
 
         if distributed.is_initialized():
             bound_collective_calls(timedelta(seconds=args.ddp_timeout))
+
+
+def is_so_anywhere(accelerator: Accelerator, condition: bool) -> bool:
+    """Whether a condition holds on any process: which collective calls each of them makes must be decided together."""
+    if accelerator.num_processes == 1:
+        return condition
+    found = torch.tensor([float(condition)], device=accelerator.device)
+    return bool(accelerator.reduce(found, reduction="sum").item() > 0)
 
 
 def is_lost_connection(error: BaseException) -> bool:

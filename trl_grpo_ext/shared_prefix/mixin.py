@@ -15,6 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from .. import compat
 from ..config import check_settings, extension_setting
 from ..mixin_order import OrderedMixin
+from ..ranks import is_so_anywhere
 from ..rollouts import RolloutBuffer
 from .attention import STOCK, Segments, attend_over_segments
 from .layout import LayoutError, packed_layout
@@ -240,8 +241,7 @@ class SharedPrefixMixin(OrderedMixin):
 
     def _of_any_process(self, obstacle: str | None) -> str | None:
         """An obstacle of this process or, if it has none, of another one."""
-        found = torch.tensor([float(obstacle is not None)], device=self.accelerator.device)
-        if self.accelerator.reduce(found, reduction="sum").item() > 0:
+        if is_so_anywhere(self.accelerator, obstacle is not None):
             return obstacle or "another process cannot pack"
         return None
 
