@@ -4,6 +4,7 @@ import random
 import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -18,10 +19,14 @@ MAX_COMPLETION_LENGTH = 12
 
 
 class CannedRollouts:
-    """A `rollout_func`: random tokens, drawn as a sampler draws them, from torch's generator."""
+    """A `rollout_func`: random tokens, drawn as a sampler draws them, from torch's generator.
 
-    def __init__(self, tool_masks: bool = False) -> None:
-        self.tool_masks = tool_masks
+    With `sampler_noise` it comes with a sampler's log-probabilities: the policy's, away from them by so many nats
+    (standard deviation), and one in ten is missing.
+    """
+
+    def __init__(self, tool_masks: bool = False, sampler_noise: float | None = None) -> None:
+        self.tool_masks, self.sampler_noise = tool_masks, sampler_noise
         self.num_calls = 0
 
     def __call__(self, prompts, trainer):
@@ -40,9 +45,38 @@ class CannedRollouts:
             "completion_ids": completion_ids,
             "logprobs": None,
         }
+        if self.sampler_noise is not None:
+            output["logprobs"] = [
+                [None if numbers.random() < 0.1 else logp + numbers.gauss(0, self.sampler_noise) for logp in logps]
+                for logps in policy_logps(trainer.model, output["prompt_ids"], completion_ids)
+            ]
         if self.tool_masks:
             output["env_mask"] = [[int(i % 3 != 1) for i in range(len(ids))] for ids in completion_ids]
         return output
+
+
+def policy_logps(model, prompts, completions) -> list[list[float]]:
+    """A model's log-probabilities of completions, computed row by row."""
+    was_training = model.training
+    model.eval()
+    rows = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        with torch.no_grad():
+            logps = model(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+        places = range(len(prompt) - 1, len(prompt) + len(completion) - 1)
+        rows.append([logps[place, token].item() for place, token in zip(places, completion, strict=True)])
+    model.train(was_training)
+    return rows
+
+
+class NoSampler:
+    """In place of TRL's `VLLMGeneration` where a `rollout_func` makes the completions: weights need not go anywhere."""
+
+    def __init__(self, **options) -> None:
+        pass
+
+    def sync_weights(self) -> None:
+        pass
 
 
 def canned_reward(prompts, completion_ids, **kwargs):
@@ -147,6 +181,7 @@ def train_canned(
     model,
     *,
     tool_masks=False,
+    sampler_noise=None,
     kinds=KINDS,
     reward=canned_reward,
     resume=None,
@@ -159,16 +194,17 @@ def train_canned(
     """
     forwards: list[Forward] = []
     norms = ExactGradNorms()
-    trainer = trainer_class(
-        model=model,
-        reward_funcs=reward,
-        args=args,
-        train_dataset=canned_prompts(kinds),
-        processing_class=tiny_tokenizer(),
-        rollout_func=CannedRollouts(tool_masks),
-        callbacks=[norms, *callbacks],
-        **options,
-    )
+    with patch("trl.trainer.grpo_trainer.VLLMGeneration", NoSampler):
+        trainer = trainer_class(
+            model=model,
+            reward_funcs=reward,
+            args=args,
+            train_dataset=canned_prompts(kinds),
+            processing_class=tiny_tokenizer(),
+            rollout_func=CannedRollouts(tool_masks, sampler_noise),
+            callbacks=[norms, *callbacks],
+            **options,
+        )
     note_forwards(trainer, forwards)
     start = whole_weights(trainer.model)
     threads = torch.get_num_threads()

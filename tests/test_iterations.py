@@ -17,8 +17,7 @@ from trl_grpo_ext.iterations import MultiIterationMixin
 from trl_grpo_ext.trainer import GRPOExtTrainer
 
 
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo")
-DELEGATED = ("cispo", "sapo", "vespo", "luspo")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
 
 # (num_iterations, gradient_accumulation_steps, steps_per_generation): equal to, above and below the accumulation
 SCHEDULES = [
@@ -76,7 +75,7 @@ def check_parity(policy, start, tmp_path, *, theirs=GRPOTrainer, ours=GRPOExtTra
     ("number", "loss_type", "level", "beta"),
     [
         pytest.param(number, *setting, marks=[pytest.mark.slow] if (number + number // 2) % 2 else [])
-        for number, setting in enumerate(itertools.product(CLIPPED + DELEGATED, ("token", "sequence"), (0.0, 0.04)))
+        for number, setting in enumerate(itertools.product(LOSS_TYPES, ("token", "sequence"), (0.0, 0.04)))
     ],
 )
 def test_every_loss_has_trls_gradient(policy, start, tmp_path, number, loss_type, level, beta):
@@ -99,11 +98,11 @@ def test_every_loss_has_trls_gradient(policy, start, tmp_path, number, loss_type
 @pytest.mark.parametrize(
     ("number", "schedule", "loss_type"),
     [
-        # each schedule with two loss types; the features take turns
+        # each schedule with three loss types; the features take turns
         pytest.param(number, schedule, loss_type, marks=[pytest.mark.slow] if number % 6 else [])
         for number, (schedule, loss_type) in enumerate(
-            (schedule, CLIPPED[(position + offset) % 4])
-            for offset in (0, 2)
+            (schedule, LOSS_TYPES[(position + offset) % 8])
+            for offset in (0, 2, 4)
             for position, schedule in enumerate(SCHEDULES)
         )
     ],
@@ -130,7 +129,7 @@ def test_every_schedule_has_trls_gradient(policy, start, tmp_path, number, sched
     [
         pytest.param(features, loss_type, marks=[pytest.mark.slow] if (row + column) % 4 else [])
         for row, features in enumerate(FEATURES[1:])
-        for column, loss_type in enumerate(CLIPPED)
+        for column, loss_type in enumerate(LOSS_TYPES)
     ],
     ids=str,
 )
@@ -219,7 +218,7 @@ def test_rows_without_a_gradient_are_not_computed(policy, start, tmp_path, loss_
     assert all(abs(first - second) <= 1 for first, second in pairs)
 
 
-@pytest.mark.parametrize("options", [{"loss_type": "bnpo"}, {"beta": 0.04}, {"loss_type": "cispo"}], ids=str)
+@pytest.mark.parametrize("options", [{"loss_type": "bnpo"}, {"beta": 0.04}, {"entropy_coef": 0.01}], ids=str)
 def test_rows_that_something_else_needs_are_computed(policy, tmp_path, options):
     ours = run(PaddedTrainer, policy, tmp_path, num_iterations=2, max_steps=6, **options)
     assert set(forwards(ours, True)) == {ROWS}

@@ -124,10 +124,10 @@ def test_clipped_shares_of_rows_that_are_all_clipped():
 def test_a_placeholder_is_no_row(on_tokens):
     rows = made_up(0, on_tokens, dead_rows=(), empty_rows=range(ROWS))
     metrics = Statistics(statistics_of(rows, is_placeholder=True).unsqueeze(0))
-    assert metrics.of_trl(with_reference=True) == metrics.of_iteration() == {}
+    assert metrics.of_trl("clipped", with_reference=True) == metrics.of_iteration("clipped") == {}
     left_out = Statistics(statistics_of(rows, LeftOut(2, 2, 5), is_placeholder=True).unsqueeze(0))
     assert left_out.total("units") == (5 if on_tokens else 2)
-    assert left_out.of_trl(with_reference=True) == {
+    assert left_out.of_trl("clipped", with_reference=True) == {
         "clip_ratio/low_mean": 0.0,
         "clip_ratio/high_mean": 0.0,
         "clip_ratio/region_mean": 0.0,
@@ -142,7 +142,7 @@ def test_metrics_are_weighed_by_tokens():
     found = Statistics(torch.stack([statistics_of(rows) for rows in batches]))
     both = [sum(values) for values in zip(*(counted(rows) for rows in batches), strict=True)]
     sums = dict(zip(FIELDS, both, strict=True))
-    of_trl, of_pass = found.of_trl(with_reference=True), found.of_iteration()
+    of_trl, of_pass = found.of_trl("clipped", with_reference=True), found.of_iteration("clipped")
     assert of_trl["entropy"] == pytest.approx(sums["entropy"] / sums["tokens"], rel=1e-5)
     assert of_trl["kl"] == pytest.approx(sums["kl_to_reference"] / sums["tokens"], rel=1e-5)
     for side in ("low", "high", "region"):
@@ -158,7 +158,7 @@ def test_metrics_are_weighed_by_tokens():
     assert of_pass["ratio_max"] == pytest.approx(
         max(counted(rows)[FIELDS.index("live_ratio_max")] for rows in batches), rel=1e-5
     )
-    assert "kl" not in found.of_trl(with_reference=False)
+    assert "kl" not in found.of_trl("clipped", with_reference=False)
 
 
 # Passes
@@ -174,14 +174,14 @@ def test_passes_report_for_themselves():
     batches = [made_up(seed, True) for seed in range(3)]
     for rows, iteration, replaces in zip(batches, (1, 2, 2), (True, True, False), strict=True):
         passes.observe(statistics_of(rows), iteration, replaces_trls=replaces)
-    metrics = passes.report(twice, with_reference=True)
+    metrics = passes.report(twice, "clipped", with_reference=True)
     alone = Statistics(statistics_of(batches[0]).unsqueeze(0))
     second = Statistics(torch.stack([statistics_of(rows) for rows in batches[1:]]))
-    of_trl = Statistics(torch.stack([statistics_of(rows) for rows in batches[:2]])).of_trl(True)
-    expected = {f"iteration/1/{name}": value for name, value in alone.of_iteration().items()}
-    expected |= {f"iteration/2/{name}": value for name, value in second.of_iteration().items()}
+    of_trl = Statistics(torch.stack([statistics_of(rows) for rows in batches[:2]])).of_trl("clipped", True)
+    expected = {f"iteration/1/{name}": value for name, value in alone.of_iteration("clipped").items()}
+    expected |= {f"iteration/2/{name}": value for name, value in second.of_iteration("clipped").items()}
     assert metrics == pytest.approx({**of_trl, **expected})
-    assert passes.report(twice, with_reference=True) == {}
+    assert passes.report(twice, "clipped", with_reference=True) == {}
     sums = sum(statistics_of(rows)[:2] for rows in batches)
     assert passes.end_pass().tolist() == pytest.approx(sums.tolist())
     assert passes.end_pass() is None
@@ -190,7 +190,7 @@ def test_passes_report_for_themselves():
 def test_a_loss_of_others_has_no_metrics_of_trl():
     passes = PassStatistics()
     passes.observe(statistics_of(made_up(0, True)), 1, replaces_trls=False)
-    assert all(name.startswith("iteration/1/") for name in passes.report(twice, with_reference=True))
+    assert all(name.startswith("iteration/1/") for name in passes.report(twice, "clipped", with_reference=True))
 
 
 @pytest.mark.parametrize(
@@ -251,5 +251,5 @@ def test_nothing_seen_changes_nothing():
     assert nothing == {**dict.fromkeys(FIELDS, 0.0), **ends}
     both = Statistics(torch.stack([seen, nothing_seen(seen.device)]))
     alone = Statistics(seen.unsqueeze(0))
-    assert both.of_trl(True) == alone.of_trl(True)
-    assert both.of_iteration() == alone.of_iteration()
+    assert both.of_trl("clipped", True) == alone.of_trl("clipped", True)
+    assert both.of_iteration("clipped") == alone.of_iteration("clipped")

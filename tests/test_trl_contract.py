@@ -162,7 +162,7 @@ def test_state(trained):
     assert not compat.takes_old_policy_forward(trainer)
     assert not compat.corrects_sampling(trainer)
     assert compat.is_clipped_objective(trainer)
-    trainer.loss_type = "cispo"
+    trainer.top_entropy_quantile = 0.5
     assert not compat.is_clipped_objective(trainer)
     for name in ("epsilon_low", "epsilon_high", "beta", "importance_sampling_level", "max_completion_length"):
         assert hasattr(trainer, name)

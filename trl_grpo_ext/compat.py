@@ -84,7 +84,7 @@ def takes_old_policy_forward(trainer: GRPOTrainer) -> bool:
 
 
 def corrects_sampling(trainer: GRPOTrainer) -> bool:
-    """Whether vLLM's log-probabilities are corrected for: TRL then needs the old policy's at generation."""
+    """Whether completions are weighed by vLLM's log-probabilities: TRL then needs the old policy's at generation."""
     return bool(trainer.use_vllm and trainer.vllm_importance_sampling_correction)
 
 
@@ -184,14 +184,12 @@ def _names_in(code: CodeType) -> frozenset[str]:
 
 
 def is_clipped_objective(trainer: GRPOTrainer) -> bool:
-    """Whether TRL's loss is the plain clipped objective: no feature on, besides it, that changes the loss."""
+    """Whether TRL's loss is one that `ClippedObjective` has: no feature on, besides those, that changes the loss."""
     return (
         trainer.loss_type in LOSS_TYPES
         and trainer.top_entropy_quantile == 1.0
-        and trainer.off_policy_mask_threshold is None
         and not trainer._entropy_bonus_enabled
         and not trainer.aux_loss_enabled
-        and not corrects_sampling(trainer)
     )
 
 
@@ -371,21 +369,25 @@ def _replaced_forward(trainer: GRPOTrainer, function: Callable[..., Any]) -> Ite
 def without_old_policy_forward(trainer: GRPOTrainer) -> Iterator[None]:
     """Within it TRL's forward for the old policy, the first that it asks for when it generates, yields `None`s.
 
-    Only that one: those of rollout functions, rewards and subclasses are made.
+    Only that one: those of rollout functions, rewards and subclasses are made. Nor does TRL then weigh completions by
+    these log-probabilities.
     """
     of_trl = unwrap(GRPOTrainer._generate_and_score_completions).__code__
-    is_awaited = True
+    is_awaited, corrects = True, trainer.vllm_importance_sampling_correction
 
     def skip_the_first(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal is_awaited
         caller = sys._getframe(2)  # beyond the function that stands in the method's place
         if is_awaited and caller.f_code is of_trl:
-            is_awaited = False
+            is_awaited = trainer.vllm_importance_sampling_correction = False
             return None, None, None
         return forward(*args, **kwargs)
 
-    with _replaced_forward(trainer, skip_the_first):
-        yield
+    try:
+        with _replaced_forward(trainer, skip_the_first):
+            yield
+    finally:
+        trainer.vllm_importance_sampling_correction = corrects
 
 
 @contextmanager

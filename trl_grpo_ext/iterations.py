@@ -14,9 +14,15 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from . import compat
 from .config import check_settings, extension_setting, rollout_settings
-from .metrics import micro_batch_statistics, nothing_seen, objective_statistics
+from .metrics import (
+    SamplingStatistics,
+    micro_batch_statistics,
+    nothing_seen,
+    objective_statistics,
+    sampling_statistics,
+)
 from .mixin_order import OrderedMixin
-from .objective import ClippedObjective, clip_binds
+from .objective import LOSS_TYPES, ClippedObjective, clipped_places, sampling_weights
 from .passes import PassStatistics, can_shorten, exceeds_target
 from .ranks import is_so_anywhere
 from .rollouts import (
@@ -24,6 +30,7 @@ from .rollouts import (
     RolloutBuffer,
     carries_gradient,
     column_advantages,
+    has_weight,
     load_matching_rollouts,
     logps_of_completions,
     loss_mask,
@@ -56,11 +63,13 @@ class MultiIterationMixin(OrderedMixin):
 
     Settings are those of [`GRPOExtConfig`]; with a plain `GRPOConfig` their defaults hold.
 
-    Who computes the loss decides what is on. TRL's clipped loss without further features is computed here, as a
-    [`ClippedObjective`]. Other loss types, an entropy bonus or images are computed by TRL: rows stay where it puts
-    them, the rest works. Where a subclass, or a function put in TRL's place, computes the loss, rows stay too, and the
-    old policy's log-probabilities are computed as TRL does it, because that loss may read them. So they are wherever a
-    method of TRL's is overridden that sees micro-batches or makes forwards.
+    Who computes the loss decides what is on. TRL's own, of every loss type, is computed here, as a
+    [`ClippedObjective`], with vLLM's importance sampling correction too: where the old policy's log-probabilities come
+    from the first pass, so do the completions' weights and TRL's `sampling/...` metrics, which then are over the
+    completions that are computed. With an entropy bonus, an entropy quantile, a MoE's auxiliary loss or images it is
+    computed by TRL: rows stay where it puts them, the rest works. Where a subclass, or a function put in TRL's place,
+    computes the loss, rows stay too, and the old policy's log-probabilities are computed as TRL does it, because that
+    loss may read them. So they are wherever a method of TRL's is overridden that sees micro-batches or makes forwards.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -74,7 +83,7 @@ class MultiIterationMixin(OrderedMixin):
                 "batch of rollouts, only the last is made by a policy that has moved."
             )
         compat.save_on_signal_behind_optimizer_steps(self)
-        self._pass_statistics = PassStatistics()
+        self._pass_statistics, self._sampling_statistics = PassStatistics(), SamplingStatistics()
         self._window_position = 0  # micro-batches since the last optimizer step
         self._is_in_micro_batch = False  # between its rows and its end
         self._loss_logps: torch.Tensor | None = None  # the policy's of this micro-batch, as the loss got them, (B, C)
@@ -101,14 +110,10 @@ class MultiIterationMixin(OrderedMixin):
         if rollouts is not None and not self._goes_on_with(rollouts):
             rollouts = None
             compat.set_buffered_micro_batches(self, None)
-        if (
-            rollouts is not None
-            and step % self.args.steps_per_generation == 0
-            and rollouts.iteration(step) > 1
-            and extension_setting(self.args, "reshuffle_iterations")
-            and rollouts.has_only_text
-        ):
-            rollouts.shuffle(self._window_within_rollouts() or 1, by_prompt=self._arranges_by_prompt(rollouts))
+        if rollouts is not None and step % self.args.steps_per_generation == 0 and rollouts.iteration(step) > 1:
+            self._leave_out_rows_without_weight(rollouts)
+            if extension_setting(self.args, "reshuffle_iterations") and rollouts.has_only_text:
+                rollouts.shuffle(self._window_within_rollouts() or 1, by_prompt=self._arranges_by_prompt(rollouts))
         inputs = super()._prepare_inputs(generation_batch)
         if self._rollouts is not None:
             return inputs
@@ -141,23 +146,40 @@ class MultiIterationMixin(OrderedMixin):
         skips = self.beta == 0.0 and extension_setting(self.args, "skip_zero_advantage")
         by_prompt = self._arranges_by_prompt(rollouts)
         if window is not None and self._may_move_rows(rollouts) and (skips or by_prompt):
-            rollouts.arrange(window, skip_zero_advantage=skips, by_prompt=by_prompt)
+            rollouts.arrange(
+                window,
+                skip_zero_advantage=skips,
+                by_prompt=by_prompt,
+                skip_zero_weight=self._multiplies_weights(),
+            )
             compat.append_metric(self, "update/rows_skipped", float(rollouts.num_skipped))
         if compat.takes_old_policy_forward(self):
             until_optimizer_step = self.current_gradient_accumulation_steps - self._window_position
+            if compat.corrects_sampling(self) and not self._computes_own_loss(rollouts):
+                until_optimizer_step = 0  # TRL's loss needs the weights in the first pass
             with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
                 for index in range(len(rollouts)):
                     if rollouts.needs_old_logps(index) and rollouts.micro_batches_until(index) >= until_optimizer_step:
-                        rollouts.set_old_logps(index, self._forward(self.model, rollouts[index])[0])
+                        self._keep_old_logps(rollouts, index, self._forward(self.model, rollouts[index])[0])
+            self._leave_out_rows_without_weight(rollouts)
         return rollouts
+
+    def _leave_out_rows_without_weight(self, rollouts: RolloutBuffer) -> None:
+        window = self._window_within_rollouts()
+        if rollouts.skips_rows and window is not None and self._multiplies_weights() and self._may_move_rows(rollouts):
+            rollouts.leave_out_rows_without_weight(window, by_prompt=self._arranges_by_prompt(rollouts))
+
+    def _multiplies_weights(self) -> bool:
+        """Whether the sampler's weights multiply the loss, so that a row without weight has no gradient."""
+        return compat.corrects_sampling(self) and self._surrogate() != "vespo"  # which bounds them
 
     def _may_move_rows(self, rollouts: RolloutBuffer) -> bool:
         """Whether the loss is the same however the rows of an optimizer step are dealt out to micro-batches."""
-        # bnpo divides by what is in the micro-batch; a subclass that prepares micro-batches, or trains on them, knows
-        # which rows are where
+        # bnpo divides by the tokens of the micro-batch; a subclass that prepares micro-batches, or trains on them,
+        # knows which rows are where
         return (
-            self.loss_type != "bnpo"
-            and self._computes_own_loss(rollouts)
+            self._computes_own_loss(rollouts)
+            and LOSS_TYPES[self.loss_type].normalizer != "tokens"
             and all(compat.foreign_override(self, name) is None for name in ("_prepare_inputs", "training_step"))
         )
 
@@ -180,7 +202,13 @@ class MultiIterationMixin(OrderedMixin):
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         reuses = self.model.training and self._reuses_first_pass()
         with compat.without_old_policy_forward(self) if reuses else nullcontext():
-            return super()._generate_and_score_completions(inputs)
+            rows = super()._generate_and_score_completions(inputs)
+        if reuses and compat.corrects_sampling(self) and "sampling_per_token_logps" not in rows:
+            raise ValueError(
+                "vllm_importance_sampling_correction=True needs the sampler's log-probabilities, and the completions "
+                "came without: let rollout_func return them as 'logprobs', or set it to False"
+            )
+        return rows
 
     def _reuses_first_pass(self) -> bool:
         """Whether TRL's forward for the old policy is left out; `_new_rollouts` takes it where it is needed."""
@@ -191,9 +219,31 @@ class MultiIterationMixin(OrderedMixin):
         return (
             extension_setting(self.args, "reuse_first_pass_logps")
             and compat.takes_old_policy_forward(self)
-            and not compat.corrects_sampling(self)
+            and (not compat.corrects_sampling(self) or compat.is_clipped_objective(self))
             and all(compat.foreign_override(self, name) is None for name in may_need_it)
             and not compat.forwards_are_random(self)
+        )
+
+    def _keep_old_logps(self, rollouts: RolloutBuffer, index: int, per_token_logps: torch.Tensor) -> None:
+        """Keep the old policy's log-probabilities of a micro-batch, and what they say about a sampler that differs."""
+        rollouts.set_old_logps(index, per_token_logps)
+        if not compat.corrects_sampling(self):
+            return
+        rows = rollouts[index]
+        weights = self._sampling_weights(rows, rows["old_per_token_logps"])
+        rollouts.set_weights(index, weights)
+        if not rollouts.is_placeholder(index):
+            logps = rows["old_per_token_logps"], rows["sampling_per_token_logps"]
+            self._sampling_statistics.observe(sampling_statistics(*logps, loss_mask(rows), weights))
+
+    def _sampling_weights(self, rows: dict[str, Any], old_per_token_logps: torch.Tensor) -> torch.Tensor:
+        return sampling_weights(
+            old_per_token_logps,
+            rows["sampling_per_token_logps"],
+            loss_mask(rows),
+            self.vllm_importance_sampling_mode,
+            self.vllm_importance_sampling_clip_min,
+            self.vllm_importance_sampling_clip_max,
         )
 
     def _forward(self, model: Any, micro_batch: dict[str, Any], compute_entropy: bool = False) -> tuple[Any, ...]:
@@ -275,28 +325,22 @@ class MultiIterationMixin(OrderedMixin):
         old_per_token_logps = inputs.get("old_per_token_logps")
         if old_per_token_logps is None:  # the first pass: this policy is the old one
             old_per_token_logps = per_token_logps.detach()
-        objective = ClippedObjective(
-            epsilon_low=self.epsilon_low,
-            epsilon_high=self.epsilon_high,
-            delta=self.args.delta,
-            beta=self.beta,
-            correct_kl=self.args.use_bias_correction_kl,
-            level=self.importance_sampling_level,
-            loss_type=self.loss_type,
-            max_completion_length=self.max_completion_length,
-        )
-        accumulation = self.current_gradient_accumulation_steps
-        num_tokens = None
-        if self.loss_type == "dapo":
+        if compat.corrects_sampling(self) and inputs.get("importance_sampling_ratio") is None:
+            inputs = {**inputs, "importance_sampling_ratio": self._sampling_weights(inputs, old_per_token_logps)}
+        accumulation, num_tokens = self.current_gradient_accumulation_steps, None
+        divides_by_step = LOSS_TYPES[self.loss_type].normalizer == "step_tokens"
+        if divides_by_step:
             # of an optimizer step on this process: `num_items_in_batch` counts the generation batch on all of them
             num_tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             num_tokens = num_tokens * accumulation / self.args.steps_per_generation
-        output = objective(
+        output = self._objective()(
             per_token_logps,
             old_per_token_logps,
             inputs["advantages"],
             mask,
             inputs.get("ref_per_token_logps"),
+            weights=inputs["importance_sampling_ratio"] if compat.corrects_sampling(self) else None,
+            sampling_per_token_logps=inputs.get("sampling_per_token_logps"),
             num_rows=rollouts.padded_shape[0] if rollouts.is_arranged else None,
             num_tokens=num_tokens,
         )
@@ -310,11 +354,34 @@ class MultiIterationMixin(OrderedMixin):
         )
         self._pass_statistics.observe(statistics, iteration, replaces_trls=True)
         self._loss_logps, self._has_own_statistics = per_token_logps.detach(), True
-        return output.loss if self.loss_type == "dapo" else output.loss / accumulation
+        return output.loss if divides_by_step else output.loss / accumulation
+
+    def _objective(self) -> ClippedObjective:
+        """By the settings as they are now: callbacks change some."""
+        of_some_loss_types = (
+            *("sapo_temperature_pos", "sapo_temperature_neg"),
+            *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+        )
+        return ClippedObjective(
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            delta=self.args.delta,
+            beta=self.beta,
+            correct_kl=self.args.use_bias_correction_kl,
+            level=self.importance_sampling_level,
+            loss_type=self.loss_type,
+            max_completion_length=self.max_completion_length,
+            off_policy_threshold=self.off_policy_mask_threshold,
+            **{name: getattr(self.args, name) for name in of_some_loss_types},
+        )
 
     def _is_live(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Which rows carry a gradient, `(B,)`: with a KL term all that have a token that counts."""
-        return carries_gradient(inputs) if self.beta == 0.0 else loss_mask(inputs).bool().any(dim=1)
+        if self.beta != 0.0:
+            return loss_mask(inputs).bool().any(dim=1)
+        is_live = carries_gradient(inputs)
+        is_weighed = self._overridden_loss() is None and self._multiplies_weights()
+        return is_live & has_weight(inputs) if is_weighed else is_live
 
     # What follows a micro-batch
 
@@ -339,7 +406,7 @@ class MultiIterationMixin(OrderedMixin):
             self._observe_foreign_loss(rollouts[index], logps, iteration)
         # Where TRL takes no forward for the old policy, it takes each pass for the first; so do we.
         if rollouts.needs_old_logps(index) and compat.takes_old_policy_forward(self) and self._loss_logps is not None:
-            rollouts.set_old_logps(index, self._loss_logps)
+            self._keep_old_logps(rollouts, index, self._loss_logps)
         self._loss_logps = None
         self._window_position += 1
         if self.accelerator.sync_gradients:
@@ -361,13 +428,16 @@ class MultiIterationMixin(OrderedMixin):
             return
         old_per_token_logps = inputs.get("old_per_token_logps")
         log_ratio = policy_logps - (policy_logps if old_per_token_logps is None else old_per_token_logps)
-        clipped = clip_binds(torch.exp(log_ratio), column_advantages(inputs), self.epsilon_low, self.epsilon_high)
+        bounds = self.epsilon_low, self.epsilon_high
+        clipped = clipped_places(self._surrogate(), torch.exp(log_ratio), column_advantages(inputs), *bounds)
         statistics = micro_batch_statistics(mask, log_ratio, *clipped, self._is_live(inputs))
         self._pass_statistics.observe(statistics, iteration, replaces_trls=False)
 
     def _report_statistics(self) -> None:
         """Once an optimizer step, where all processes come by together: `log` may be called by one of them alone."""
-        metrics = self._pass_statistics.report(self.accelerator.gather, with_reference=self.beta != 0.0)
+        gather = self.accelerator.gather
+        metrics = self._pass_statistics.report(gather, self._surrogate(), with_reference=self.beta != 0.0)
+        metrics.update(self._sampling_statistics.report(gather))
         for name, value in metrics.items():
             compat.append_metric(self, name, value)
         if metrics.get("iteration/1/clip_ratio") == 0.0 and not self._has_explained_zeros:
@@ -377,6 +447,10 @@ class MultiIterationMixin(OrderedMixin):
                 "that is right. The policy still is the one that sampled, every ratio is 1, and advantages are 0 on "
                 "average; the gradient is not 0."
             )
+
+    def _surrogate(self) -> str:
+        """What the loss type maximizes; one that is not known here is taken for a clipped one."""
+        return LOSS_TYPES[self.loss_type].surrogate if self.loss_type in LOSS_TYPES else "clipped"
 
     def _end_pass(self, iteration: int, step: int) -> None:
         """After the last micro-batch of a pass: is there to be another one over these rollouts?"""
@@ -451,7 +525,8 @@ class MultiIterationMixin(OrderedMixin):
             self._load_rollouts(Path(checkpoint) / FOLDER)
 
     def _load_rollouts(self, folder: Path) -> None:
-        self._pass_statistics, self._window_position = PassStatistics(), 0
+        self._pass_statistics, self._sampling_statistics = PassStatistics(), SamplingStatistics()
+        self._window_position = 0
         compat.set_buffered_micro_batches(self, None)
         # TRL would count from 0, and then generate in the middle of the passes over a batch of prompts.
         compat.set_step(self, self.state.global_step * self.args.gradient_accumulation_steps)

@@ -1,10 +1,11 @@
 """What is worth knowing about a micro-batch of the update, as one vector that processes can put together."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
-from .objective import ObjectiveOutput
+from .objective import CLIPPED_SURROGATES, ObjectiveOutput
 
 
 # Sums, but for those that say otherwise. Tokens are those that count; "live" are those of rows that carry a gradient.
@@ -25,6 +26,9 @@ FIELDS = (
     "low_clipped_units",
     "high_clipped_units",
     "region_clipped_units",
+    # VESPO's weights, a number for each row, or for each token where tokens have advantages of their own
+    "gamma",
+    "gamma_units",
     # over rows, of a row's share of clipped tokens
     "low_share_min",
     "high_share_max",
@@ -33,20 +37,23 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Rows that are not computed because they carry no gradient. In none of them a clip can bind.
+    """Rows that are not computed because they carry no gradient.
 
     Args:
         rows (`int`):
-            All of them.
+            Those without an advantage, or without a token that counts. In none of them a clip can bind.
         rows_with_tokens (`int`):
-            Those with a token that counts.
+            Those of them with a token that counts.
         tokens (`int`):
             Their tokens that count.
+        rows_without_weight (`int`):
+            Others, whose tokens all have weight 0. They are in no clip ratio: where the clip would bind is not known.
     """
 
     rows: int = 0
     rows_with_tokens: int = 0
     tokens: int = 0
+    rows_without_weight: int = 0
 
 
 @torch.no_grad()
@@ -60,6 +67,7 @@ def micro_batch_statistics(
     per_token_kl: torch.Tensor | None = None,
     left_out: LeftOut | None = None,
     is_placeholder: bool = False,
+    gamma: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The `FIELDS` of one micro-batch, `(len(FIELDS),)`, without waiting for the device.
 
@@ -78,6 +86,8 @@ def micro_batch_statistics(
             Rows of the micro-batch that are not in these tensors.
         is_placeholder (`bool`, *optional*, defaults to `False`):
             Whether the one row is none of the batch's, and stands there so that there is something to compute.
+        gamma (`torch.Tensor`, *optional*):
+            VESPO's weights, `(B, 1)` or `(B, C)`.
     """
     left_out = left_out or LeftOut()
     mask = mask.float()
@@ -85,7 +95,8 @@ def micro_batch_statistics(
     log_ratio = log_ratio.float()
     clipped = [values.float() for values in (is_low_clipped, is_high_clipped, is_low_clipped | is_high_clipped)]
     on_tokens = is_low_clipped.size(1) == mask.size(1)
-    weight = mask if on_tokens else torch.full_like(clipped[0], 0.0 if is_placeholder else 1.0)
+    of_rows = torch.full_like(mask[:, :1], 0.0 if is_placeholder else 1.0)
+    weight = mask if on_tokens else of_rows
     has_share = weight.any(dim=1)
     shares = [(values * weight).sum(-1) / weight.sum(-1) for values in clipped[:2]]
     left_out_shares = left_out.rows_with_tokens if on_tokens else left_out.rows
@@ -93,6 +104,7 @@ def micro_batch_statistics(
     high_share_max = torch.where(has_share, shares[1], -torch.inf).amax()
     live_log_ratio = log_ratio.masked_fill(live_mask == 0, 0.0)
     zero = mask.new_zeros(())
+    of_gamma = None if gamma is None else mask if gamma.size(1) == mask.size(1) else of_rows
     return torch.stack(
         [
             live_mask.sum(),
@@ -104,6 +116,8 @@ def micro_batch_statistics(
             zero if entropies is None else (entropies.float() * mask).sum(),
             weight.sum() + (left_out.tokens if on_tokens else left_out.rows),
             *[(values * weight).sum() for values in clipped],
+            zero if gamma is None else (gamma.float() * of_gamma).sum(),
+            zero if of_gamma is None else of_gamma.sum(),
             low_share_min.clamp(max=0.0) if left_out_shares else low_share_min,
             high_share_max.clamp(min=0.0) if left_out_shares else high_share_max,
         ]
@@ -135,6 +149,7 @@ def objective_statistics(
         output.per_token_kl,
         left_out,
         is_placeholder,
+        output.gamma,
     )
 
 
@@ -163,31 +178,115 @@ class Statistics:
         count = self.total(over)
         return {name: self.total(field) / count for name, field in fields.items()} if count else {}
 
-    def of_iteration(self) -> dict[str, float]:
+    def of_iteration(self, surrogate: str) -> dict[str, float]:
         """What is reported of a pass, over the rows that carry a gradient; nothing if none does."""
-        means = self._means(
-            {
-                "approx_kl": "live_kl_to_old",
-                "clip_ratio": "live_region_clipped",
-                "clip_ratio_low": "live_low_clipped",
-                "clip_ratio_high": "live_high_clipped",
-            },
-            over="live_tokens",
-        )
+        clipping = {
+            "clip_ratio": "live_region_clipped",
+            "clip_ratio_low": "live_low_clipped",
+            "clip_ratio_high": "live_high_clipped",
+        }
+        fields = {"approx_kl": "live_kl_to_old", **(clipping if surrogate in CLIPPED_SURROGATES else {})}
+        means = self._means(fields, over="live_tokens")
         return {**means, "ratio_max": self.largest("live_ratio_max")} if means else {}
 
-    def of_trl(self, with_reference: bool) -> dict[str, float]:
+    def of_trl(self, surrogate: str, with_reference: bool) -> dict[str, float]:
         """What TRL reports of a micro-batch, under its names, here weighed by tokens; nothing of what was not seen."""
-        clipping = self._means(
-            {
-                "clip_ratio/low_mean": "low_clipped_units",
-                "clip_ratio/high_mean": "high_clipped_units",
-                "clip_ratio/region_mean": "region_clipped_units",
-            },
-            over="units",
-        )
-        if clipping:  # then there is a row with a share
-            clipping["clip_ratio/low_min"] = self.smallest("low_share_min")
-            clipping["clip_ratio/high_max"] = self.largest("high_share_max")
         of_tokens = {"entropy": "entropy", **({"kl": "kl_to_reference"} if with_reference else {})}
-        return {**self._means(of_tokens, over="tokens"), **clipping}
+        metrics = self._means(of_tokens, over="tokens")
+        if surrogate == "clipped":
+            clipping = self._means(
+                {
+                    "clip_ratio/low_mean": "low_clipped_units",
+                    "clip_ratio/high_mean": "high_clipped_units",
+                    "clip_ratio/region_mean": "region_clipped_units",
+                },
+                over="units",
+            )
+            if clipping:  # then there is a row with a share
+                clipping["clip_ratio/low_min"] = self.smallest("low_share_min")
+                clipping["clip_ratio/high_max"] = self.largest("high_share_max")
+            metrics.update(clipping)
+        elif surrogate == "cispo":
+            metrics.update(self._means({"cispo_clip_ratio": "high_clipped_units"}, over="units"))
+        elif surrogate == "vespo":
+            metrics.update(self._means({"vespo/phi_seq_mean": "gamma"}, over="gamma_units"))
+        return metrics
+
+
+@torch.no_grad()
+def sampling_statistics(
+    old_per_token_logps: torch.Tensor,
+    sampling_per_token_logps: torch.Tensor,
+    mask: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """How far the sampler was from the policy that it ran, in some rows; see [`SamplingStatistics`].
+
+    Args:
+        old_per_token_logps (`torch.Tensor`), sampling_per_token_logps (`torch.Tensor`):
+            Log-probabilities under the old policy and as the sampler gave them, `(B, C)`, in nats.
+        mask (`torch.Tensor`):
+            1 for the tokens that count, `(B, C)`.
+        weights (`torch.Tensor`):
+            [`~trl_grpo_ext.objective.sampling_weights`], `(B, C)` or `(B, 1)`.
+
+    Returns:
+        `torch.Tensor`:
+            Of the differences' absolute values, without tokens for which the sampler gave NaN: sum, number, largest.
+            Of the weights, of tokens or of rows: sum, number, largest, and the smallest with its sign turned. `(7,)`.
+    """
+    counts = mask.bool()
+    difference = (old_per_token_logps - sampling_per_token_logps).abs().float()
+    is_known = counts & ~difference.isnan()
+    weights = weights.float()
+    is_weight = counts if weights.size(1) == counts.size(1) else torch.ones_like(weights, dtype=torch.bool)
+
+    def sum_and_number(values: torch.Tensor, chosen: torch.Tensor) -> list[torch.Tensor]:
+        return [values.masked_fill(~chosen, 0.0).sum(), chosen.sum()]
+
+    def largest(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        return values.masked_fill(~chosen, -torch.inf).amax()
+
+    return torch.stack(
+        [
+            *sum_and_number(difference, is_known),
+            largest(difference, is_known),
+            *sum_and_number(weights, is_weight),
+            largest(weights, is_weight),
+            largest(-weights, is_weight),
+        ]
+    )
+
+
+@dataclass
+class SamplingStatistics:
+    """Collects [`sampling_statistics`] until the processes put them together, under TRL's names."""
+
+    _pending: list[torch.Tensor] = field(default_factory=list)
+
+    def observe(self, statistics: torch.Tensor) -> None:
+        self._pending.append(statistics)
+
+    def report(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """The metrics of the rows since the last report: one collective call if there are any.
+
+        As TRL does it, means are those of the processes' means. A process that has seen no row is none of them.
+        """
+        if not self._pending:
+            return {}
+        seen = torch.stack(self._pending)
+        self._pending.clear()
+        sums, largest = seen.sum(0), seen.amax(0)
+        total = torch.stack([sums[0], sums[1], largest[2], sums[3], sums[4], largest[5], largest[6]])
+        processes = gather(total.unsqueeze(0)).cpu()
+        metrics = {}
+        seen = processes[processes[:, 1] > 0]
+        if len(seen):
+            metrics["sampling/sampling_logp_difference/mean"] = (seen[:, 0] / seen[:, 1]).mean().item()
+            metrics["sampling/sampling_logp_difference/max"] = seen[:, 2].max().item()
+        seen = processes[processes[:, 4] > 0]
+        if len(seen):
+            metrics["sampling/importance_sampling_ratio/min"] = -seen[:, 6].max().item()
+            metrics["sampling/importance_sampling_ratio/mean"] = (seen[:, 3] / seen[:, 4]).mean().item()
+            metrics["sampling/importance_sampling_ratio/max"] = seen[:, 5].max().item()
+        return metrics

@@ -1,9 +1,8 @@
-"""The clipped GRPO objective as pure functions on tensors.
+"""The clipped GRPO objective and its relatives as pure functions on tensors.
 
 Source: DeepSeekMath (https://huggingface.co/papers/2402.03300), section 4.1 and equation 21; the sequence level is
-GSPO's (https://huggingface.co/papers/2507.18071), `delta` is INTELLECT-2's (https://huggingface.co/papers/2505.07291),
-and the normalizers are DAPO's (https://huggingface.co/papers/2503.14476) and Dr. GRPO's
-(https://huggingface.co/papers/2503.20783).
+GSPO's (https://huggingface.co/papers/2507.18071), `delta` is INTELLECT-2's (https://huggingface.co/papers/2505.07291).
+Where the surrogates and normalizers of the loss types are from is in [`LOSS_TYPES`].
 
 Axes: `B` rows, `G` completions of a group, `C` completion tokens. A ratio is `(B, C)` on the token level and `(B, 1)`
 on the sequence level; everything computed from it broadcasts.
@@ -14,12 +13,50 @@ advantage, which is 0 for a normalized group, so the loss that is logged is beta
 see [`gradient_coefficient`].
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+@dataclass(frozen=True)
+class LossType:
+    """What a loss type is made of.
+
+    Args:
+        surrogate (`str`):
+            What is maximized at a token: `"clipped"`, `"cispo"`, `"sapo"` or `"vespo"`, the functions
+            [`clipped_surrogate`], [`cispo_surrogate`], [`sapo_surrogate`] and [`vespo_surrogate`].
+        normalizer (`str`):
+            What a micro-batch makes of its tokens: `"mean_of_means"` (over rows, of the mean over a row's tokens),
+            `"mean_of_sums"` (over rows, of the sum over them), `"tokens"` (the sum over the tokens of the
+            micro-batch), `"step_tokens"` (over those of the optimizer step), `"longest"` (over as many tokens as its
+            rows could have).
+    """
+
+    surrogate: str
+    normalizer: str
+
+
+LOSS_TYPES = {
+    # DeepSeekMath, https://huggingface.co/papers/2402.03300, equation 3
+    "grpo": LossType("clipped", "mean_of_means"),
+    # BNPO, https://huggingface.co/papers/2506.02864, in TRL the mean over the tokens of a micro-batch
+    "bnpo": LossType("clipped", "tokens"),
+    # Dr. GRPO, https://huggingface.co/papers/2503.20783
+    "dr_grpo": LossType("clipped", "longest"),
+    # DAPO, https://huggingface.co/papers/2503.14476, equation 8
+    "dapo": LossType("clipped", "step_tokens"),
+    # Length-unbiased sequence policy optimization, https://huggingface.co/papers/2602.05261
+    "luspo": LossType("clipped", "mean_of_sums"),
+    # MiniMax-M1, https://huggingface.co/papers/2506.13585, equation 4
+    "cispo": LossType("cispo", "step_tokens"),
+    # Soft adaptive policy optimization, https://huggingface.co/papers/2511.20347
+    "sapo": LossType("sapo", "mean_of_means"),
+    # Variational sequence-level soft policy optimization, https://huggingface.co/papers/2602.10693
+    "vespo": LossType("vespo", "step_tokens"),
+}
+SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
 def group_advantages(
@@ -108,11 +145,143 @@ def clipped_surrogate(
     return torch.min(ratio * advantages, clipped * advantages)
 
 
+def cispo_surrogate(
+    ratio: torch.Tensor, advantages: torch.Tensor, per_token_logps: torch.Tensor, epsilon_high: float
+) -> torch.Tensor:
+    """REINFORCE weighed by the bounded ratio, `min(rho, epsilon_high) A log pi`: each token keeps a gradient."""
+    return torch.clamp(ratio, max=epsilon_high).detach() * advantages * per_token_logps
+
+
+def sapo_surrogate(
+    ratio: torch.Tensor, advantages: torch.Tensor, temperature_pos: float, temperature_neg: float
+) -> torch.Tensor:
+    """`4 / tau * sigmoid(tau (rho - 1)) A`: a soft gate in the clip's place, with a `tau` for each sign of `A`."""
+    temperature = torch.where(advantages > 0, temperature_pos, temperature_neg)
+    return torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantages
+
+
+def vespo_surrogate(gamma: torch.Tensor, advantages: torch.Tensor, per_token_logps: torch.Tensor) -> torch.Tensor:
+    """REINFORCE weighed by [`gamma_weights`], `phi(w) A log pi`, `(B, C)`."""
+    return gamma * advantages * per_token_logps
+
+
+# VESPO's bounds of the logarithm of a weight
+_LOWEST_LOG_WEIGHT, _HIGHEST_LOG_WEIGHT = math.log(1e-8), 20.0
+
+
+@torch.no_grad()
+def gamma_weights(
+    log_ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    k_pos: float,
+    lambda_pos: float,
+    k_neg: float,
+    lambda_neg: float,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`phi(w) = w^k exp(lambda (1 - w))` of a completion's importance weight `w`, so that `phi(1) = 1`; `(B, 1)`.
+
+    Args:
+        log_ratio (`torch.Tensor`):
+            Log-probabilities under the policy less those under the old policy, `(B, C)`. Unlike the sequence level's
+            ratio, `w` is the product over tokens.
+        advantages (`torch.Tensor`):
+            `(B, 1)` or `(B, C)`; their sign chooses `k` and `lambda`.
+        mask (`torch.Tensor`):
+            1 for the tokens that count, `(B, C)`.
+        k_pos (`float`), lambda_pos (`float`), k_neg (`float`), lambda_neg (`float`):
+            Shape of the weighting for advantages from 0, and below.
+        weights (`torch.Tensor`, *optional*):
+            [`sampling_weights`] of the tokens, `(B, C)`, by which `w` is relative to the sampler.
+    """
+    highest = _HIGHEST_LOG_WEIGHT
+    log_weight = (log_ratio.clamp(-highest, highest) * mask).sum(-1, keepdim=True)
+    if weights is not None:
+        log_weight = log_weight + (weights.log().clamp(_LOWEST_LOG_WEIGHT, highest) * mask).sum(-1, keepdim=True)
+    log_weight = log_weight.clamp(_LOWEST_LOG_WEIGHT, highest)
+    k = torch.where(advantages >= 0, k_pos, k_neg)
+    scale = torch.where(advantages >= 0, lambda_pos, lambda_neg).clamp(min=1e-4)
+    gamma = torch.exp(scale + k * log_weight - scale * log_weight.exp())
+    return gamma.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def sampling_weights(
+    old_per_token_logps: torch.Tensor,
+    sampling_per_token_logps: torch.Tensor,
+    mask: torch.Tensor,
+    mode: str,
+    clip_min: float | None,
+    clip_max: float | None,
+) -> torch.Tensor:
+    """What a sampler's completions weigh, because it computes other probabilities than the policy that it runs.
+
+    The probability under the old policy over that under the sampler, bounded: truncated or masked importance sampling
+    (https://fengyao.notion.site/off-policy-rl, https://yingru.notion.site/sequence-level-rl), as TRL has them.
+
+    Args:
+        old_per_token_logps (`torch.Tensor`), sampling_per_token_logps (`torch.Tensor`):
+            Log-probabilities under the old policy and as the sampler gave them, `(B, C)`, in nats. A token for which
+            the sampler gave NaN has weight 1.
+        mask (`torch.Tensor`):
+            1 for the tokens that count, `(B, C)`.
+        mode (`str`):
+            `"token_..."` for a weight a token, `(B, C)`, or `"sequence_..."` for the product over a completion,
+            `(B, 1)`; `"..._truncate"` to bound it, or `"..._mask"` for 0 where it is beyond the bounds.
+        clip_min (`float`, *optional*), clip_max (`float`, *optional*):
+            The bounds.
+
+    Raises:
+        ValueError: If the mode is another.
+    """
+    if mode not in SAMPLING_MODES:
+        raise ValueError(f"mode must be one of {', '.join(SAMPLING_MODES)}, got {mode!r}")
+    log_weights = ((old_per_token_logps - sampling_per_token_logps) * mask).nan_to_num(nan=0.0)
+    if mode.startswith("sequence"):
+        log_weights = log_weights.sum(-1, keepdim=True)
+    weights = torch.exp(log_weights)
+    if mode.endswith("truncate"):
+        return torch.clamp(weights, clip_min, clip_max)
+    lowest, highest = -math.inf if clip_min is None else clip_min, math.inf if clip_max is None else clip_max
+    return weights.masked_fill((weights < lowest) | (weights > highest), 0.0)
+
+
+def off_policy_mask(
+    per_token_logps: torch.Tensor,
+    sampling_per_token_logps: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    threshold: float,
+) -> torch.Tensor:
+    """1 for the completions to be kept, 0 for bad ones that the policy has moved away from; `(B, 1)` or `(B, C)`.
+
+    DeepSeek-V3.2 (https://huggingface.co/papers/2512.02556), equation 9: those with a negative advantage whose
+    log-probability under the policy has fallen by more than `threshold` nats a token since they were sampled. Tokens
+    for which the sampler gave NaN are taken for unmoved.
+    """
+    fallen = (sampling_per_token_logps - per_token_logps.detach()).nan_to_num(nan=0.0)
+    mean = (fallen * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1.0)
+    return ((advantages >= 0) | (mean <= threshold)).to(mask.dtype)
+
+
 def clip_binds(
     ratio: torch.Tensor, advantages: torch.Tensor, epsilon_low: float, epsilon_high: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the clip binds below and above, in the ratio's shape: where the ratio has moved far enough already."""
     return (ratio < 1 - epsilon_low) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0)
+
+
+CLIPPED_SURROGATES = ("clipped", "cispo")  # those with bounds beyond which a ratio counts as clipped
+
+
+def clipped_places(
+    surrogate: str, ratio: torch.Tensor, advantages: torch.Tensor, epsilon_low: float, epsilon_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the ratio is beyond its bounds below and above; nowhere for a surrogate of a loss type without bounds."""
+    if surrogate == "clipped":
+        return clip_binds(ratio, advantages, epsilon_low, epsilon_high)
+    nowhere = torch.zeros_like(ratio, dtype=torch.bool)
+    return nowhere, (ratio > epsilon_high) & (advantages > 0) if surrogate == "cispo" else nowhere
 
 
 def k3_kl(per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor) -> torch.Tensor:
@@ -174,33 +343,36 @@ def aggregate(
         mask (`torch.Tensor`):
             1 for the tokens that count, `(B, C)`.
         loss_type (`str`):
-            `"grpo"`: the mean over rows of the mean over their tokens. `"bnpo"`: the mean over tokens. `"dr_grpo"`:
-            the sum over `num_rows * max_completion_length`. `"dapo"`: the sum over `num_tokens`.
+            One of [`LOSS_TYPES`], for its normalizer.
         num_rows (`int`, *optional*):
-            Rows to divide by where some that would add 0 have been left out (`grpo`, `dr_grpo`). Default: `B`.
+            Rows to divide by where some that would add 0 have been left out. Default: `B`.
         num_tokens (`torch.Tensor` or `float`, *optional*):
-            Tokens to divide by (`bnpo`, default the tokens of `mask`; `dapo`, where it is needed).
+            Tokens to divide by: needed where they are those of the optimizer step; by default those of `mask` where
+            they are the micro-batch's.
         max_completion_length (`int`, *optional*):
             Needed by `dr_grpo`, in tokens.
 
     Raises:
         ValueError: If the loss type is another, or lacks what it needs.
     """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
+    normalizer = LOSS_TYPES[loss_type].normalizer
     num_rows = mask.size(0) if num_rows is None else num_rows
     summed = (per_token_loss * mask).sum(-1)
-    if loss_type == "grpo":
+    if normalizer == "mean_of_means":
         return (summed / mask.sum(-1).clamp(min=1.0)).sum() / num_rows
-    if loss_type == "bnpo":
-        return summed.sum() / (mask.sum().clamp(min=1.0) if num_tokens is None else num_tokens)
-    if loss_type == "dr_grpo":
+    if normalizer == "mean_of_sums":
+        return summed.sum() / num_rows
+    if normalizer == "longest":
         if max_completion_length is None:
-            raise ValueError("loss_type='dr_grpo' needs max_completion_length")
+            raise ValueError(f"loss_type={loss_type!r} needs max_completion_length")
         return summed.sum() / (num_rows * max_completion_length)
-    if loss_type == "dapo":
-        if num_tokens is None:
-            raise ValueError("loss_type='dapo' needs num_tokens")
-        return summed.sum() / num_tokens
-    raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
+    if normalizer == "tokens":
+        return summed.sum() / (mask.sum().clamp(min=1.0) if num_tokens is None else num_tokens)
+    if num_tokens is None:
+        raise ValueError(f"loss_type={loss_type!r} needs num_tokens")
+    return summed.sum() / num_tokens
 
 
 @dataclass(frozen=True)
@@ -209,7 +381,7 @@ class ClippedObjective:
 
     Args:
         epsilon_low (`float`), epsilon_high (`float`):
-            Clip range of the ratio below and above 1.
+            Clip range of the ratio below and above 1; `cispo` bounds the ratio by `epsilon_high` itself.
         delta (`float`, *optional*):
             Upper bound of the unclipped ratio.
         beta (`float`, *optional*, defaults to `0.0`):
@@ -220,9 +392,16 @@ class ClippedObjective:
         level (`str`, *optional*, defaults to `"token"`):
             Level of the ratio, `"token"` or `"sequence"`.
         loss_type (`str`, *optional*, defaults to `"grpo"`):
-            The normalizer, see [`aggregate`].
+            Surrogate and normalizer, see [`LOSS_TYPES`].
         max_completion_length (`int`, *optional*):
             Needed by `dr_grpo`, in tokens.
+        off_policy_threshold (`float`, *optional*):
+            Leave bad completions that the policy has moved away from by so many nats a token out of the loss, see
+            [`off_policy_mask`].
+        sapo_temperature_pos (`float`), sapo_temperature_neg (`float`):
+            Used by `sapo`, see [`sapo_surrogate`]. The defaults are TRL's.
+        vespo_k_pos (`float`), vespo_lambda_pos (`float`), vespo_k_neg (`float`), vespo_lambda_neg (`float`):
+            Used by `vespo`, see [`gamma_weights`]. The defaults are TRL's.
     """
 
     epsilon_low: float
@@ -233,6 +412,17 @@ class ClippedObjective:
     level: str = "token"
     loss_type: str = "grpo"
     max_completion_length: int | None = None
+    off_policy_threshold: float | None = None
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
 
     def __call__(
         self,
@@ -242,6 +432,8 @@ class ClippedObjective:
         mask: torch.Tensor,
         ref_per_token_logps: torch.Tensor | None = None,
         *,
+        weights: torch.Tensor | None = None,
+        sampling_per_token_logps: torch.Tensor | None = None,
         num_rows: int | None = None,
         num_tokens: torch.Tensor | float | None = None,
     ) -> "ObjectiveOutput":
@@ -256,14 +448,26 @@ class ClippedObjective:
                 1 for the tokens that count, `(B, C)`.
             ref_per_token_logps (`torch.Tensor`, *optional*):
                 Log-probabilities under the reference policy, `(B, C)`; needed if `beta` is not 0.
+            weights (`torch.Tensor`, *optional*):
+                [`sampling_weights`] of the completions, `(B, C)` or `(B, 1)`: they multiply the surrogate, not the KL.
+            sampling_per_token_logps (`torch.Tensor`, *optional*):
+                Log-probabilities as the sampler gave them, `(B, C)`, from which `off_policy_threshold` counts.
+                Default: the old policy's.
             num_rows (`int`, *optional*), num_tokens (`torch.Tensor` or `float`, *optional*):
                 See [`aggregate`].
         """
         if advantages.dim() == 1:
             advantages = advantages.unsqueeze(1)
         ratio = importance_ratio(per_token_logps, old_per_token_logps, mask, self.level)
-        per_token_loss = -clipped_surrogate(ratio, advantages, self.epsilon_low, self.epsilon_high, self.delta)
-        per_token_kl = None
+        surrogate, gamma = self._surrogate(ratio, per_token_logps, old_per_token_logps, advantages, mask, weights)
+        if self.off_policy_threshold is not None:
+            sampled = old_per_token_logps if sampling_per_token_logps is None else sampling_per_token_logps
+            surrogate = surrogate * off_policy_mask(
+                per_token_logps, sampled, advantages, mask, self.off_policy_threshold
+            )
+        if weights is not None and gamma is None:  # which has them
+            surrogate = surrogate * weights
+        per_token_loss, per_token_kl = -surrogate, None
         if self.beta:
             if ref_per_token_logps is None:
                 raise ValueError(f"beta={self.beta} needs ref_per_token_logps")
@@ -280,7 +484,9 @@ class ClippedObjective:
             max_completion_length=self.max_completion_length,
         )
         ratio = ratio.detach()
-        is_low_clipped, is_high_clipped = clip_binds(ratio, advantages, self.epsilon_low, self.epsilon_high)
+        is_low_clipped, is_high_clipped = clipped_places(
+            LOSS_TYPES[self.loss_type].surrogate, ratio, advantages, self.epsilon_low, self.epsilon_high
+        )
         return ObjectiveOutput(
             loss=loss,
             mask=mask,
@@ -288,7 +494,29 @@ class ClippedObjective:
             is_low_clipped=is_low_clipped,
             is_high_clipped=is_high_clipped,
             per_token_kl=None if per_token_kl is None else per_token_kl.detach(),
+            gamma=gamma,
         )
+
+    def _surrogate(
+        self,
+        ratio: torch.Tensor,
+        per_token_logps: torch.Tensor,
+        old_per_token_logps: torch.Tensor,
+        advantages: torch.Tensor,
+        mask: torch.Tensor,
+        weights: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is maximized at each token, and VESPO's weights."""
+        surrogate = LOSS_TYPES[self.loss_type].surrogate
+        if surrogate == "cispo":
+            return cispo_surrogate(ratio, advantages, per_token_logps, self.epsilon_high), None
+        if surrogate == "sapo":
+            return sapo_surrogate(ratio, advantages, self.sapo_temperature_pos, self.sapo_temperature_neg), None
+        if surrogate == "vespo":
+            shape = self.vespo_k_pos, self.vespo_lambda_pos, self.vespo_k_neg, self.vespo_lambda_neg
+            gamma = gamma_weights(per_token_logps - old_per_token_logps, advantages, mask, *shape, weights)
+            return vespo_surrogate(gamma, advantages, per_token_logps), gamma
+        return clipped_surrogate(ratio, advantages, self.epsilon_low, self.epsilon_high, self.delta), None
 
 
 @dataclass(frozen=True)
@@ -306,6 +534,8 @@ class ObjectiveOutput:
             Where the clip binds, in the ratio's shape.
         per_token_kl (`torch.Tensor` or `None`):
             KL to the reference policy (times the ratio with `correct_kl`), `(B, C)`, in nats; `None` without one.
+        gamma (`torch.Tensor` or `None`, defaults to `None`):
+            VESPO's [`gamma_weights`], `(B, 1)` or `(B, C)`; `None` for the other loss types.
     """
 
     loss: torch.Tensor
@@ -314,6 +544,7 @@ class ObjectiveOutput:
     is_low_clipped: torch.Tensor
     is_high_clipped: torch.Tensor
     per_token_kl: torch.Tensor | None
+    gamma: torch.Tensor | None = None
 
     @property
     def metrics(self) -> dict[str, torch.Tensor]:

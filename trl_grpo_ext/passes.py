@@ -80,12 +80,16 @@ class PassStatistics:
         sums = statistics[: len(OF_PASS)]
         self.pass_sums = sums if self.pass_sums is None else self.pass_sums + sums
 
-    def report(self, gather: Callable[[torch.Tensor], torch.Tensor], with_reference: bool) -> dict[str, float]:
+    def report(
+        self, gather: Callable[[torch.Tensor], torch.Tensor], surrogate: str, with_reference: bool
+    ) -> dict[str, float]:
         """The metrics of the micro-batches since the last report, over all processes: one collective call.
 
         Args:
             gather (`Callable`):
                 Brings a tensor of all processes together along its first dimension.
+            surrogate (`str`):
+                That of the [`~trl_grpo_ext.objective.LossType`]: what there is to report of it.
             with_reference (`bool`):
                 Whether there is a KL term.
         """
@@ -101,10 +105,10 @@ class PassStatistics:
         metrics: dict[str, float] = {}
         if any(replaces_trls):
             places = [place for place, replaces in enumerate(replaces_trls) if replaces]
-            metrics.update(of(places).of_trl(with_reference))
+            metrics.update(of(places).of_trl(surrogate, with_reference))
         for iteration in sorted(set(iterations)):
             places = [place for place, found in enumerate(iterations) if found == iteration]
-            for name, value in of(places).of_iteration().items():
+            for name, value in of(places).of_iteration(surrogate).items():
                 metrics[f"iteration/{iteration}/{name}"] = value
         return metrics
 

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -101,8 +101,8 @@ class RolloutBuffer(Sequence[MicroBatch]):
 
     @property
     def num_skipped(self) -> int:
-        """Rows that [`~RolloutBuffer.arrange`] has left out."""
-        return sum(left_out.rows for left_out in self._left_out.values())
+        """Rows that are left out."""
+        return sum(left_out.rows + left_out.rows_without_weight for left_out in self._left_out.values())
 
     @property
     def skips_rows(self) -> bool:
@@ -130,9 +130,15 @@ class RolloutBuffer(Sequence[MicroBatch]):
         old[:, : per_token_logps.size(1)] = per_token_logps.detach()
         micro_batch["old_per_token_logps"] = old
 
+    def set_weights(self, index: int, weights: torch.Tensor) -> None:
+        """Keep what the completions of a micro-batch weigh, `(B, C)` or `(B, 1)`, where TRL's loss reads it."""
+        self._micro_batches[index]["importance_sampling_ratio"] = weights
+
     # Rows
 
-    def arrange(self, window: int, *, skip_zero_advantage: bool, by_prompt: bool) -> None:
+    def arrange(
+        self, window: int, *, skip_zero_advantage: bool, by_prompt: bool, skip_zero_weight: bool = False
+    ) -> None:
         """Deal the rows of each optimizer step out to its micro-batches anew.
 
         A micro-batch that gets no row keeps one of a single prompt token and a single completion token that does not
@@ -146,18 +152,49 @@ class RolloutBuffer(Sequence[MicroBatch]):
             by_prompt (`bool`):
                 Bring the rows of a prompt together, for a forward that computes the prompt once; no micro-batch gets
                 more tokens than one had with padding. Otherwise micro-batches get equally many rows.
+            skip_zero_weight (`bool`, *optional*, defaults to `False`):
+                Leave out the rows of which no token has a weight either, where weights are known.
         """
         self.is_arranged = True
         for start in range(0, len(self), window):
-            micro_batches = self._micro_batches[start : start + window]
-            rows = _concatenate(micro_batches)
-            order = torch.arange(_num_rows(rows))
+            targets = range(start, min(start + window, len(self)))
+            rows = _concatenate([self._micro_batches[index] for index in targets])
+            is_kept = torch.ones(_num_rows(rows), dtype=torch.bool)
             if skip_zero_advantage:
                 is_live = carries_gradient(rows).cpu()
-                order = is_live.nonzero().flatten()
                 tokens = loss_mask(rows).sum(1).cpu()[~is_live]
-                self._left_out[start] = LeftOut(len(tokens), int((tokens > 0).sum()), int(tokens.sum()))
-            self._deal(rows, order, range(start, start + len(micro_batches)), by_prompt)
+                is_kept = is_live & has_weight(rows).cpu() if skip_zero_weight else is_live
+                self._left_out[start] = LeftOut(
+                    len(tokens), int((tokens > 0).sum()), int(tokens.sum()), int((is_live & ~is_kept).sum())
+                )
+            self._deal(rows, is_kept.nonzero().flatten(), targets, by_prompt)
+
+    def leave_out_rows_without_weight(self, window: int, *, by_prompt: bool) -> int:
+        """Leave out the rows of which no token has a weight, now that weights are known of some optimizer steps more.
+
+        Args:
+            window (`int`), by_prompt (`bool`):
+                As in [`~RolloutBuffer.arrange`], which has left out those without a gradient.
+
+        Returns:
+            `int`:
+                How many have been left out.
+        """
+        num_left_out = 0
+        for start in range(0, len(self), window):
+            targets = range(start, min(start + window, len(self)))
+            full = [self._micro_batches[index] for index in targets if index not in self._empty]
+            if not full or not all("importance_sampling_ratio" in micro_batch for micro_batch in full):
+                continue
+            rows = _concatenate(full)
+            is_kept = has_weight(rows).cpu()
+            count = int((~is_kept).sum())
+            if count:
+                before = self.left_out(start)
+                self._left_out[start] = replace(before, rows_without_weight=before.rows_without_weight + count)
+                self._deal(rows, is_kept.nonzero().flatten(), targets, by_prompt)
+                num_left_out += count
+        return num_left_out
 
     def shuffle(self, window: int, *, by_prompt: bool) -> None:
         """Deal all rows out to the optimizer steps anew, at random (torch's generator on the CPU).
@@ -272,8 +309,17 @@ def column_advantages(rows: MicroBatch) -> torch.Tensor:
 
 
 def carries_gradient(rows: MicroBatch) -> torch.Tensor:
-    """Which rows add anything to the gradient without a KL term: advantage not 0, and a token that counts. `(B,)`."""
+    """Which rows add anything to the gradient without a KL term: advantage not 0, and a token that counts. `(B,)`.
+
+    Unless they weigh nothing, see [`has_weight`].
+    """
     return ((column_advantages(rows) != 0) & loss_mask(rows).bool()).any(dim=1)
+
+
+def has_weight(rows: MicroBatch) -> torch.Tensor:
+    """Which rows have a token that counts and does not weigh 0; all where nothing is known of weights. `(B,)`."""
+    counts, weights = loss_mask(rows).bool(), rows.get("importance_sampling_ratio")
+    return torch.ones_like(counts[:, 0]) if weights is None else ((weights != 0) & counts).any(dim=1)
 
 
 def logps_of_completions(
