@@ -70,7 +70,7 @@ def policy_logps(model, prompts, completions) -> list[list[float]]:
 
 
 class NoSampler:
-    """In place of TRL's `VLLMGeneration` where a `rollout_func` makes the completions: weights need not go anywhere."""
+    """In place of TRL's `VLLMGeneration`, where a `rollout_func` makes the completions: weights go nowhere."""
 
     def __init__(self, **options) -> None:
         pass

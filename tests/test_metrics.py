@@ -9,10 +9,12 @@ import torch
 from trl_grpo_ext.metrics import (
     FIELDS,
     LeftOut,
+    SamplingStatistics,
     Statistics,
     micro_batch_statistics,
     nothing_seen,
     objective_statistics,
+    sampling_statistics,
 )
 from trl_grpo_ext.objective import ClippedObjective
 from trl_grpo_ext.passes import PassStatistics, can_shorten, can_stop, exceeds_target
@@ -159,6 +161,111 @@ def test_metrics_are_weighed_by_tokens():
         max(counted(rows)[FIELDS.index("live_ratio_max")] for rows in batches), rel=1e-5
     )
     assert "kl" not in found.of_trl("clipped", with_reference=False)
+
+
+def test_each_surrogate_has_its_metrics():
+    """TRL's names: of what is clipped on both sides, above, or not at all; and VESPO's weights, over rows."""
+    rows = made_up(1, False)
+    tensors = {name: torch.tensor(values) for name, values in rows.items()}
+    gamma = torch.linspace(0.1, 0.5, ROWS).unsqueeze(1)
+    vector = micro_batch_statistics(
+        tensors["mask"],
+        tensors["log_ratio"],
+        tensors["low"],
+        tensors["high"],
+        tensors["live"],
+        tensors["entropies"],
+        left_out=LeftOut(3, 2, 9),
+        gamma=gamma,
+    )
+    statistics = Statistics(vector.unsqueeze(0))
+    clipped, cispo, sapo, vespo = (
+        statistics.of_trl(surrogate, with_reference=False) for surrogate in ("clipped", "cispo", "sapo", "vespo")
+    )
+    assert sapo.keys() == {"entropy"}
+    assert clipped.keys() - sapo.keys() == {f"clip_ratio/{name}" for name in MEANS_AND_ENDS}
+    assert cispo.keys() - sapo.keys() == {"cispo_clip_ratio"}
+    assert cispo["cispo_clip_ratio"] == clipped["clip_ratio/high_mean"] > 0
+    assert vespo.keys() - sapo.keys() == {"vespo/phi_seq_mean"}
+    assert vespo["vespo/phi_seq_mean"] == pytest.approx(0.3)  # of rows that were left out none is known
+    of_tokens = {"gamma": torch.rand(ROWS, COLUMNS), "left_out": LeftOut(3, 2, 9)}
+    places = [tensors[name] for name in ("mask", "log_ratio", "low", "high", "live")]
+    of_tokens_mean = Statistics(micro_batch_statistics(*places, **of_tokens).unsqueeze(0)).of_trl("vespo", False)
+    expected = of_tokens["gamma"][tensors["mask"].bool()].mean().item()
+    assert of_tokens_mean["vespo/phi_seq_mean"] == pytest.approx(expected, rel=1e-5)
+    for surrogate, is_clipped in (("clipped", True), ("cispo", True), ("sapo", False), ("vespo", False)):
+        assert ("clip_ratio" in statistics.of_iteration(surrogate)) == is_clipped
+        assert "approx_kl" in statistics.of_iteration(surrogate)
+
+
+MEANS_AND_ENDS = ("low_mean", "high_mean", "region_mean", "low_min", "high_max")
+
+
+# The sampler
+
+
+def sampled(seed, is_missing=lambda place: False, on_rows=False):
+    """Log-probabilities, mask and weights, as lists."""
+    numbers = random.Random(seed)
+    mask = [[int(column < length) for column in range(COLUMNS)] for length in (6, 3, 1, 0, 4)]
+    old, new = ([[-numbers.random() for _ in range(COLUMNS)] for _ in range(ROWS)] for _ in range(2))
+    for row in range(ROWS):
+        for column in range(COLUMNS):
+            if is_missing((row, column)):
+                new[row][column] = math.nan
+    return old, new, mask, [[numbers.random() for _ in range(1 if on_rows else COLUMNS)] for _ in range(ROWS)]
+
+
+@pytest.mark.parametrize("on_rows", [False, True])
+def test_statistics_of_a_sampler(on_rows):
+    """TRL's: of the tokens that count and have a log-probability; weights of all tokens that count, or of all rows."""
+    batches = [sampled(seed, lambda place: sum(place) % 4 == 3, on_rows) for seed in range(2)]
+    statistics = SamplingStatistics()
+    for batch in batches:
+        statistics.observe(sampling_statistics(*map(torch.tensor, batch)))
+    differences, weights = [], []
+    for old, new, mask, weight in batches:
+        for row in range(ROWS):
+            tokens = [column for column in range(COLUMNS) if mask[row][column]]
+            found = [abs(old[row][column] - new[row][column]) for column in tokens]
+            differences += [value for value in found if not math.isnan(value)]
+            weights += weight[row] if on_rows else [weight[row][column] for column in tokens]
+    assert statistics.report(lambda tensor: tensor) == pytest.approx(
+        {
+            "sampling/sampling_logp_difference/mean": sum(differences) / len(differences),
+            "sampling/sampling_logp_difference/max": max(differences),
+            "sampling/importance_sampling_ratio/min": min(weights),
+            "sampling/importance_sampling_ratio/mean": sum(weights) / len(weights),
+            "sampling/importance_sampling_ratio/max": max(weights),
+        },
+        rel=1e-5,
+    )
+    assert statistics.report(lambda tensor: tensor) == {}
+
+
+def test_processes_count_alike_and_empty_ones_do_not():
+    """As TRL has it: the mean of the processes' means."""
+
+    def of(*batches):
+        statistics, gathered = SamplingStatistics(), []
+        for batch in batches:
+            statistics.observe(sampling_statistics(*map(torch.tensor, batch)))
+        metrics = statistics.report(lambda tensor: gathered.append(tensor) or tensor)
+        return metrics, gathered[0]
+
+    (alone, first), (of_two, second) = of(sampled(1)), of(sampled(2), sampled(3))
+    old, new, _, weights = sampled(4)
+    nothing, empty = of((old, new, [[0] * COLUMNS] * ROWS, weights))
+    assert nothing == {}
+    statistics = SamplingStatistics()
+    statistics.observe(sampling_statistics(*map(torch.tensor, sampled(1))))
+    together = statistics.report(lambda tensor: torch.cat([tensor, second, empty]))
+    assert torch.equal(first, of(sampled(1))[1])
+    for name, combine in (("mean", lambda a, b: (a + b) / 2), ("min", min), ("max", max)):
+        for key in (key for key in together if key.endswith(f"/{name}")):
+            assert together[key] == pytest.approx(combine(alone[key], of_two[key]), rel=1e-6)
+    missing, _ = of(sampled(5, lambda place: True))
+    assert missing.keys() == {f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max")}
 
 
 # Passes

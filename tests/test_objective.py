@@ -3,11 +3,14 @@
 import itertools
 import math
 
+import oracle
 import pytest
 import torch
 from oracle import grpo_objective
 
 from trl_grpo_ext.objective import (
+    LOSS_TYPES,
+    SAMPLING_MODES,
     ClippedObjective,
     aggregate,
     clip_binds,
@@ -16,6 +19,8 @@ from trl_grpo_ext.objective import (
     group_advantages,
     importance_ratio,
     k3_kl,
+    off_policy_mask,
+    sampling_weights,
 )
 
 
@@ -80,13 +85,13 @@ def test_k3():
     assert (k3_kl(torch.randn(100), torch.randn(100)) >= 0).all()
 
 
+def num_tokens_of(loss_type):
+    return 11.0 if loss_type in ("dapo", "cispo", "vespo") else None
+
+
 @pytest.mark.parametrize(
     ("loss_type", "level", "beta", "correct_kl", "delta"),
-    list(
-        itertools.product(
-            ("grpo", "bnpo", "dr_grpo", "dapo"), ("token", "sequence"), (0.0, 0.04), (False, True), (None, 1.35)
-        )
-    ),
+    list(itertools.product(tuple(LOSS_TYPES), ("token", "sequence"), (0.0, 0.04), (False, True), (None, 1.35))),
 )
 @pytest.mark.parametrize(("rows", "columns"), [(5, 7), (1, 1), (3, 1)])
 def test_against_loops(rows, columns, loss_type, level, beta, correct_kl, delta):
@@ -94,7 +99,7 @@ def test_against_loops(rows, columns, loss_type, level, beta, correct_kl, delta)
     for seed in range(3):
         logps, old, reference, advantages, mask = random_inputs(rows, columns, seed)
         objective = ClippedObjective(**settings, level=level, loss_type=loss_type, max_completion_length=columns + 2)
-        output = objective(logps, old, advantages, mask, reference, num_tokens=11.0 if loss_type == "dapo" else None)
+        output = objective(logps, old, advantages, mask, reference, num_tokens=num_tokens_of(loss_type))
         (gradient,) = torch.autograd.grad(output.loss, logps)
         expected = grpo_objective(
             logps,
@@ -151,7 +156,136 @@ def test_gradient_coefficient_is_the_gradient(delta, correct_kl):
             gradient_coefficient(torch.ones(1, 1), torch.ones(1, 1), 0.2, 0.2, beta=0.1, **given)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+# The sampler
+
+
+def sampled_inputs(rows, columns, seed):
+    """As `random_inputs`, and a sampler's log-probabilities near the old policy's, of which some are missing."""
+    logps, old, reference, advantages, mask = random_inputs(rows, columns, seed)
+    generator = torch.Generator().manual_seed(seed)
+    sampled = old + 0.4 * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    sampled[torch.rand(rows, columns, generator=generator) < 0.15] = torch.nan
+    return logps, old, reference, advantages, mask, sampled
+
+
+BOUNDS = [(0.8, 1.3), (None, 1.3), (0.8, None), (None, None)]
+
+
+@pytest.mark.parametrize("mode", SAMPLING_MODES)
+@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize(("rows", "columns"), [(7, 6), (1, 1), (3, 1)])
+def test_sampling_weights(mode, bounds, rows, columns):
+    for seed in range(3):
+        _, old, _, _, mask, sampled = sampled_inputs(rows, columns, seed)
+        weights = sampling_weights(old, sampled, mask, mode, *bounds)
+        assert weights.shape == ((rows, columns) if mode.startswith("token") else (rows, 1))
+        expected = oracle.sampling_weights(old, sampled, mask, mode, *bounds)
+        counts = mask.bool()
+        torch.testing.assert_close(weights.expand(rows, columns)[counts], expected[counts], rtol=1e-12, atol=0.0)
+    if rows > 3 and bounds == (0.8, 1.3):  # they bite
+        assert (weights == 0.0).any() == mode.endswith("mask")
+        assert (weights == 1.3).any() == mode.endswith("truncate")
+
+
+def test_a_token_without_log_probability_weighs_1():
+    old = torch.tensor([[-1.0, -2.0, -3.0]])
+    sampled = torch.tensor([[-1.0 - math.log(2), torch.nan, torch.nan]])
+    mask = torch.tensor([[1, 1, 0]])
+    assert sampling_weights(old, sampled, mask, "token_truncate", None, 3.0).tolist() == [pytest.approx([2, 1, 1])]
+    assert sampling_weights(old, sampled, mask, "sequence_mask", None, 3.0).tolist() == [pytest.approx([2])]
+    assert sampling_weights(old, sampled, mask, "sequence_mask", None, 1.9).tolist() == [[0.0]]
+    nothing = torch.full_like(old, torch.nan)
+    assert sampling_weights(old, nothing, mask, "token_mask", 0.5, 2.0).tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_off_policy_mask():
+    """Only bad completions, and only those whose log-probability has fallen by more than the threshold."""
+    logps = torch.tensor([[-1.5, -1.5], [-1.5, -1.5], [-1.5, -1.5], [-1.0, -1.0], [-1.5, -9.0]])
+    sampled = torch.tensor([[-1.0, -1.0], [-1.0, -1.0], [-1.0, torch.nan], [-1.5, -1.5], [-1.0, -1.0]])
+    advantages = torch.tensor([[-1.0], [1.0], [-1.0], [-1.0], [-1.0]])
+    mask = torch.tensor([[1, 1], [1, 1], [1, 1], [1, 1], [1, 0]])
+    assert off_policy_mask(logps, sampled, advantages, mask, 0.4).flatten().tolist() == [0, 1, 1, 1, 0]
+    assert off_policy_mask(logps, sampled, advantages, mask, 0.2).flatten().tolist() == [0, 1, 0, 1, 0]
+    assert off_policy_mask(logps, sampled, advantages, mask, 0.5).flatten().tolist() == [1, 1, 1, 1, 1]
+    of_tokens = torch.tensor([[-1.0, 1.0]])
+    assert off_policy_mask(logps[:1], sampled[:1], of_tokens, mask[:1], 0.4).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("mode", SAMPLING_MODES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_sampler_against_loops(loss_type, mode, level):
+    if loss_type == "vespo" and mode.startswith("sequence"):
+        return  # has weights of tokens alone
+    settings = {"epsilon_low": 0.2, "epsilon_high": 0.3, "beta": 0.04, "correct_kl": True, "off_policy_threshold": 0.1}
+    settings |= {"loss_type": loss_type, "level": level, "max_completion_length": 9}
+    num_dropped = 0
+    for seed in range(3):
+        logps, old, reference, advantages, mask, sampled = sampled_inputs(7, 6, seed)
+        weights = sampling_weights(old, sampled, mask, mode, 0.7, 1.5)
+        output = ClippedObjective(**settings)(
+            logps,
+            old,
+            advantages,
+            mask,
+            reference,
+            weights=weights,
+            sampling_per_token_logps=sampled,
+            num_tokens=num_tokens_of(loss_type),
+        )
+        (gradient,) = torch.autograd.grad(output.loss, logps)
+        expected = grpo_objective(
+            logps,
+            old,
+            reference,
+            advantages,
+            mask,
+            **settings,
+            delta=None,
+            num_tokens=11.0,
+            weights=oracle.sampling_weights(old, sampled, mask, mode, 0.7, 1.5),
+            sampled=sampled,
+        )
+        (expected_gradient,) = torch.autograd.grad(expected, logps)
+        assert output.loss.item() == pytest.approx(expected.item(), rel=1e-10, abs=1e-14)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-14)
+        num_dropped += int((off_policy_mask(logps, sampled, advantages.unsqueeze(1), mask, 0.1) == 0).sum())
+    assert 0 < num_dropped < 21
+
+
+def test_where_a_ratio_counts_as_clipped():
+    ratio, up, down = torch.tensor([[0.5, 1.0, 1.5]]), torch.ones(1, 1), -torch.ones(1, 1)
+    cispo = ClippedObjective(0.2, 1.2, loss_type="cispo")  # whose bound is epsilon_high itself
+    for advantages, high in ((up, [False, False, True]), (down, [False] * 3)):
+        output = cispo(ratio.log(), torch.zeros(1, 3), advantages.flatten(), torch.ones(1, 3), num_tokens=3)
+        assert output.is_high_clipped.tolist() == [high]
+        assert not output.is_low_clipped.any()
+    for loss_type in ("sapo", "vespo"):
+        objective = ClippedObjective(0.2, 0.2, loss_type=loss_type)
+        output = objective(ratio.log(), torch.zeros(1, 3), up.flatten(), torch.ones(1, 3), num_tokens=3)
+        assert not (output.is_low_clipped | output.is_high_clipped).any()
+        assert (output.gamma is None) == (loss_type == "sapo")
+
+
+def test_gamma_of_a_policy_that_has_not_moved_is_1():
+    """And it falls where a completion has become more likely or less; the largest weights give 0, not NaN."""
+    logps, mask = torch.full((3, 4), -1.0), torch.ones(3, 4)
+    advantages = torch.tensor([1.0, -1.0, 0.0])
+    objective = ClippedObjective(0.2, 0.2, loss_type="vespo")
+
+    def gamma(shift):
+        return objective(logps, logps - shift, advantages, mask, num_tokens=1).gamma.flatten().tolist()
+
+    assert gamma(0.0) == [1.0, 1.0, 1.0]
+    assert all(value < 1.0 for value in gamma(0.2)[:1] + gamma(-0.5)[:2])
+    assert gamma(1e4) == [0.0, 0.0, 0.0]
+    assert all(0.0 <= value < 1e-6 for value in gamma(-1e4))
+
+
+# Normalizers
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_aggregate(loss_type):
     loss, mask = torch.rand(4, 6), (torch.rand(4, 6) < 0.7).long()
     options = {"num_rows": 4, "num_tokens": 20.0, "max_completion_length": 6}
@@ -176,8 +310,12 @@ def test_what_is_missing_is_named():
         ClippedObjective(0.2, 0.2, loss_type="dr_grpo")(*tensors)
     with pytest.raises(ValueError, match=r"^loss_type='dapo' needs num_tokens"):
         ClippedObjective(0.2, 0.2, loss_type="dapo")(*tensors)
-    with pytest.raises(ValueError, match="must be one of grpo, bnpo, dr_grpo, dapo, got 'ppo'"):
-        ClippedObjective(0.2, 0.2, loss_type="ppo")(*tensors)
+    with pytest.raises(ValueError, match=r"must be one of grpo, bnpo, .*, vespo, got 'ppo'"):
+        ClippedObjective(0.2, 0.2, loss_type="ppo")
+    with pytest.raises(ValueError, match=r"must be one of grpo, .*, got 'ppo'"):
+        aggregate(torch.zeros(1, 1), torch.ones(1, 1), "ppo")
+    with pytest.raises(ValueError, match=r"mode must be one of token_truncate, .*, got 'mask'"):
+        sampling_weights(*tensors[:2], tensors[3], "mask", None, 3.0)
     with pytest.raises(ValueError, match=r"beta=0.1 needs ref_per_token_logps"):
         ClippedObjective(0.2, 0.2, beta=0.1)(*tensors)
 

@@ -70,6 +70,52 @@ def test_rows_without_a_gradient(advantages, window, expected):
         assert not carries_gradient(micro_batch).all() or row in live
 
 
+@pytest.mark.parametrize("on_tokens", [True, False])
+def test_rows_without_weight(tmp_path, on_tokens):
+    """Left out of an optimizer step as soon as weights of all its micro-batches are known, and counted apart."""
+    buffer = RolloutBuffer(micro_batches([1.0, 0, 1, 1, 1, 1, 1, 1], lengths=[5, 5, 3, 5, 5, 5, 5, 5]))
+    buffer.arrange(2, skip_zero_advantage=True, by_prompt=False, skip_zero_weight=True)
+    assert rows_of(buffer) == [[0, 2], [3], [4, 5], [6, 7]]
+    weights = {0: 0.0, 2: 0.0, 3: 2.0, 4: 0.0, 5: 0.0, 6: 1.0, 7: 1.0}
+
+    def weigh(index):
+        rows = buffer[index]["completion_ids"][:, 0].tolist()
+        of_rows = torch.tensor([[weights[row]] for row in rows])
+        if on_tokens:
+            of_rows = of_rows.repeat(1, 5)
+            if 2 in rows:
+                of_rows[rows.index(2), 3:] = 1.0  # behind its end, where nothing counts
+        buffer.set_weights(index, of_rows)
+
+    assert buffer.leave_out_rows_without_weight(2, by_prompt=False) == 0  # nothing is known yet
+    for index in (0, 2, 3):
+        weigh(index)
+    assert buffer.leave_out_rows_without_weight(2, by_prompt=False) == 2
+    assert rows_of(buffer) == [[0, 2], [3], [6], [7]]
+    weigh(1)
+    assert buffer.leave_out_rows_without_weight(2, by_prompt=False) == 2
+    assert rows_of(buffer) == [[3], [0], [6], [7]]  # a placeholder
+    assert [buffer.is_placeholder(index) for index in range(4)] == [False, True, False, False]
+    assert buffer.leave_out_rows_without_weight(2, by_prompt=False) == 0
+    assert buffer.left_out(0) == LeftOut(1, 1, 5, 2)
+    assert buffer.left_out(2) == LeftOut(0, 0, 0, 2)
+    assert buffer.num_skipped == 5
+    buffer.save(tmp_path, 0, 1, {})
+    assert RolloutBuffer.load(tmp_path, 0, 1)[0].num_skipped == 5
+
+
+def test_weights_that_come_with_the_rows():
+    """As where TRL has taken the forward: rows without weight are left out at once, if that is what the loss wants."""
+    batches = micro_batches([1.0, 0, 1, 1])
+    for batch, weights in zip(batches, ([[0.0], [0.0]], [[1.0], [0.5]]), strict=True):
+        batch["importance_sampling_ratio"] = torch.tensor(weights)
+    for skip_zero_weight, expected in ((True, [[2], [3]]), (False, [[0, 2], [3]])):
+        buffer = RolloutBuffer(batches)
+        buffer.arrange(2, skip_zero_advantage=True, by_prompt=False, skip_zero_weight=skip_zero_weight)
+        assert rows_of(buffer) == expected
+        assert buffer.left_out(0) == LeftOut(1, 1, 5, int(skip_zero_weight))
+
+
 def prompts_and_lengths(rows, per_batch, columns=10, prompt_columns=10):
     """Micro-batches of rows (prompt's number, its length, the completion's length); completion ids are row numbers."""
     numbers = torch.arange(len(rows)).unsqueeze(1)

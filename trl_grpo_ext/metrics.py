@@ -104,7 +104,10 @@ def micro_batch_statistics(
     high_share_max = torch.where(has_share, shares[1], -torch.inf).amax()
     live_log_ratio = log_ratio.masked_fill(live_mask == 0, 0.0)
     zero = mask.new_zeros(())
-    of_gamma = None if gamma is None else mask if gamma.size(1) == mask.size(1) else of_rows
+    gamma_sum = gamma_units = zero
+    if gamma is not None:
+        gamma_weight = mask if gamma.size(1) == mask.size(1) else of_rows
+        gamma_sum, gamma_units = (gamma.float() * gamma_weight).sum(), gamma_weight.sum()
     return torch.stack(
         [
             live_mask.sum(),
@@ -116,8 +119,8 @@ def micro_batch_statistics(
             zero if entropies is None else (entropies.float() * mask).sum(),
             weight.sum() + (left_out.tokens if on_tokens else left_out.rows),
             *[(values * weight).sum() for values in clipped],
-            zero if gamma is None else (gamma.float() * of_gamma).sum(),
-            zero if of_gamma is None else of_gamma.sum(),
+            gamma_sum,
+            gamma_units,
             low_share_min.clamp(max=0.0) if left_out_shares else low_share_min,
             high_share_max.clamp(min=0.0) if left_out_shares else high_share_max,
         ]

@@ -156,7 +156,7 @@ def sapo_surrogate(
     ratio: torch.Tensor, advantages: torch.Tensor, temperature_pos: float, temperature_neg: float
 ) -> torch.Tensor:
     """`4 / tau * sigmoid(tau (rho - 1)) A`: a soft gate in the clip's place, with a `tau` for each sign of `A`."""
-    temperature = torch.where(advantages > 0, temperature_pos, temperature_neg)
+    temperature = torch.full_like(advantages, temperature_neg).masked_fill(advantages > 0, temperature_pos)
     return torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantages
 
 
@@ -200,8 +200,9 @@ def gamma_weights(
     if weights is not None:
         log_weight = log_weight + (weights.log().clamp(_LOWEST_LOG_WEIGHT, highest) * mask).sum(-1, keepdim=True)
     log_weight = log_weight.clamp(_LOWEST_LOG_WEIGHT, highest)
-    k = torch.where(advantages >= 0, k_pos, k_neg)
-    scale = torch.where(advantages >= 0, lambda_pos, lambda_neg).clamp(min=1e-4)
+    is_good = advantages >= 0
+    k = torch.full_like(advantages, k_neg).masked_fill(is_good, k_pos)
+    scale = torch.full_like(advantages, lambda_neg).masked_fill(is_good, lambda_pos).clamp(min=1e-4)
     gamma = torch.exp(scale + k * log_weight - scale * log_weight.exp())
     return gamma.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -240,9 +241,9 @@ def sampling_weights(
     if mode.startswith("sequence"):
         log_weights = log_weights.sum(-1, keepdim=True)
     weights = torch.exp(log_weights)
-    if mode.endswith("truncate"):
-        return torch.clamp(weights, clip_min, clip_max)
     lowest, highest = -math.inf if clip_min is None else clip_min, math.inf if clip_max is None else clip_max
+    if mode.endswith("truncate"):
+        return weights.clamp(lowest, highest)
     return weights.masked_fill((weights < lowest) | (weights > highest), 0.0)
 
 
