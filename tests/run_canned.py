@@ -124,6 +124,7 @@ def train(settings: dict[str, Any], callbacks: Sequence[TrainerCallback]) -> Run
         canned_config(settings["output_dir"], classes[1], **settings["options"]),
         settings["policy"],
         kinds=settings.get("kinds", KINDS),
+        sampler_noise=settings.get("sampler_noise"),
         resume=settings.get("resume"),
         reward=reward_that_fails if settings.get("reward_fails_on") == RANK else canned_reward,
         callbacks=callbacks,

@@ -264,6 +264,11 @@ def test_processes_count_alike_and_empty_ones_do_not():
     for name, combine in (("mean", lambda a, b: (a + b) / 2), ("min", min), ("max", max)):
         for key in (key for key in together if key.endswith(f"/{name}")):
             assert together[key] == pytest.approx(combine(alone[key], of_two[key]), rel=1e-6)
+    placeholder, gathered = SamplingStatistics(), []
+    rows = map(torch.tensor, ([[-1.0]], [[-2.0]], [[0]], [[1.0]]))
+    placeholder.observe(sampling_statistics(*rows, is_placeholder=True))
+    assert placeholder.report(lambda tensor: gathered.append(tensor) or tensor) == {}
+    assert len(gathered) == 1  # other processes have rows, and all take part in the call
     missing, _ = of(sampled(5, lambda place: True))
     assert missing.keys() == {f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max")}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from canned import ROWS, canned_config, relative_difference, train_canned
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext.config import GRPOExtConfig
@@ -84,7 +84,7 @@ def bounds_of(mode):
 
 
 def run(trainer_class, policy, output_dir, config_class=GRPOConfig, noise=0.3, resume=None, **options):
-    names = ("tool_masks", "kinds")
+    names = ("tool_masks", "kinds", "callbacks")
     passed = {name: options.pop(name) for name in names if name in options}
     options = {
         "use_vllm": True,
@@ -256,6 +256,26 @@ def test_vespo_bounds_weights_of_0(policy, start, tmp_path):
     }
     _, ours = check_parity(policy, start, tmp_path, PaddedTrainer, **options)
     assert {forward.rows for forward in ours.forwards} == {ROWS}
+
+
+def test_a_loss_that_wants_rows_without_weight_gets_fresh_ones(policy, tmp_path, caplog):
+    class ToVespo(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                self.trainer.loss_type = "vespo"
+
+    change = ToVespo()
+
+    class Changing(PaddedTrainer):
+        def train(self, *args, **kwargs):
+            change.trainer = self
+            return super().train(*args, **kwargs)
+
+    options = {"num_iterations": 4, "max_steps": 4, "kinds": ("live",), "vllm_importance_sampling_mode": "token_mask"}
+    options |= {"vllm_importance_sampling_clip_min": 0.99, "vllm_importance_sampling_clip_max": 1.01}
+    changed = run(Changing, policy, tmp_path, callbacks=[change], **options)
+    assert caplog.text.count("going on with fresh ones") == 1
+    assert changed.trainer.rollout_func.num_calls == 2
 
 
 # What is reported, kept and refused

@@ -126,9 +126,9 @@ class MultiIterationMixin(OrderedMixin):
 
     def _goes_on_with(self, rollouts: RolloutBuffer) -> bool:
         """Whether rows that were dealt out for the loss as it was may be passed over with the loss as it is."""
-        if not rollouts.is_arranged or (
-            self._may_move_rows(rollouts) and not (rollouts.skips_rows and self.beta != 0.0)
-        ):
+        misses_rows = rollouts.skips_rows and self.beta != 0.0
+        misses_rows |= rollouts.misses_rows_without_weight and not self._multiplies_weights()
+        if not rollouts.is_arranged or (self._may_move_rows(rollouts) and not misses_rows):
             return True
         logger.warning(
             "The loss has changed between two passes over rollouts whose rows were dealt out for the old one: going "
@@ -232,9 +232,9 @@ class MultiIterationMixin(OrderedMixin):
         rows = rollouts[index]
         weights = self._sampling_weights(rows, rows["old_per_token_logps"])
         rollouts.set_weights(index, weights)
-        if not rollouts.is_placeholder(index):
-            logps = rows["old_per_token_logps"], rows["sampling_per_token_logps"]
-            self._sampling_statistics.observe(sampling_statistics(*logps, loss_mask(rows), weights))
+        logps = rows["old_per_token_logps"], rows["sampling_per_token_logps"]
+        statistics = sampling_statistics(*logps, loss_mask(rows), weights, rollouts.is_placeholder(index))
+        self._sampling_statistics.observe(statistics)
 
     def _sampling_weights(self, rows: dict[str, Any], old_per_token_logps: torch.Tensor) -> torch.Tensor:
         return sampling_weights(

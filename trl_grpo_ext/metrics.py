@@ -222,6 +222,7 @@ def sampling_statistics(
     sampling_per_token_logps: torch.Tensor,
     mask: torch.Tensor,
     weights: torch.Tensor,
+    is_placeholder: bool = False,
 ) -> torch.Tensor:
     """How far the sampler was from the policy that it ran, in some rows; see [`SamplingStatistics`].
 
@@ -232,6 +233,8 @@ def sampling_statistics(
             1 for the tokens that count, `(B, C)`.
         weights (`torch.Tensor`):
             [`~trl_grpo_ext.objective.sampling_weights`], `(B, C)` or `(B, 1)`.
+        is_placeholder (`bool`, *optional*, defaults to `False`):
+            Whether the one row is none of the batch's. It counts nothing, but its process has something to report.
 
     Returns:
         `torch.Tensor`:
@@ -242,7 +245,8 @@ def sampling_statistics(
     difference = (old_per_token_logps - sampling_per_token_logps).abs().float()
     is_known = counts & ~difference.isnan()
     weights = weights.float()
-    is_weight = counts if weights.size(1) == counts.size(1) else torch.ones_like(weights, dtype=torch.bool)
+    of_rows = torch.full_like(weights, not is_placeholder, dtype=torch.bool)
+    is_weight = counts if weights.size(1) == counts.size(1) else of_rows
 
     def sum_and_number(values: torch.Tensor, chosen: torch.Tensor) -> list[torch.Tensor]:
         return [values.masked_fill(~chosen, 0.0).sum(), chosen.sum()]

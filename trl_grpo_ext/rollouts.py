@@ -109,6 +109,11 @@ class RolloutBuffer(Sequence[MicroBatch]):
         """Whether rows without a gradient are left out, if there are any."""
         return bool(self._left_out)
 
+    @property
+    def misses_rows_without_weight(self) -> bool:
+        """Whether rows are left out because they have no weight."""
+        return any(left_out.rows_without_weight for left_out in self._left_out.values())
+
     def left_out(self, index: int) -> LeftOut:
         """The rows that were left out of micro-batch `index`."""
         return self._left_out.get(index, LeftOut())
