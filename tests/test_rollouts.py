@@ -101,7 +101,9 @@ def test_rows_without_weight(tmp_path, on_tokens):
     assert buffer.left_out(2) == LeftOut(0, 0, 0, 2)
     assert buffer.num_skipped == 5
     buffer.save(tmp_path, 0, 1, {})
-    assert RolloutBuffer.load(tmp_path, 0, 1)[0].num_skipped == 5
+    loaded, _ = RolloutBuffer.load(tmp_path, 0, 1)
+    assert loaded.num_skipped == 5
+    assert loaded.skips_rows_without_weight
 
 
 def test_weights_that_come_with_the_rows():

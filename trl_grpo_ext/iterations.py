@@ -51,14 +51,15 @@ class MultiIterationMixin(OrderedMixin):
       micro-batches for which it is not (`reuse_first_pass_logps`);
     - stops passing over rollouts from which the policy has moved too far (`target_kl`). What remains of the schedule
       is trained on completions sampled afresh for the same prompts;
-    - leaves out completions that carry no gradient (`skip_zero_advantage`);
+    - leaves out completions that carry no gradient (`skip_zero_advantage`), and of those to which vLLM's importance
+      sampling correction gives the weight 0 the passes that follow the one in which that is found;
     - reports each pass by itself: `iteration/{k}/approx_kl` (KL from the old to the new policy, nats a token),
       `iteration/{k}/clip_ratio`, `iteration/{k}/clip_ratio_low`, `iteration/{k}/clip_ratio_high` (shares of tokens),
       `iteration/{k}/ratio_max`, with k from 1, all over the completions that carry a gradient;
       `rollouts/iterations_used`, and `update/rows_skipped` of a generation batch on this process;
     - reports TRL's own metrics of the loss (clip ratios, KL, entropy) once an optimizer step, weighed by tokens. The
-      clip ratios are TRL's, whose denominators count completions that were left out too; the entropy is that of the
-      completions that were computed;
+      clip ratios are TRL's, whose denominators count completions without an advantage that were left out too; the
+      entropy is that of the completions that were computed;
     - keeps the rollouts in checkpoints, so that a run resumes exactly between two passes (`save_rollouts`).
 
     Settings are those of [`GRPOExtConfig`]; with a plain `GRPOConfig` their defaults hold.
@@ -127,7 +128,7 @@ class MultiIterationMixin(OrderedMixin):
     def _goes_on_with(self, rollouts: RolloutBuffer) -> bool:
         """Whether rows that were dealt out for the loss as it was may be passed over with the loss as it is."""
         misses_rows = rollouts.skips_rows and self.beta != 0.0
-        misses_rows |= rollouts.misses_rows_without_weight and not self._multiplies_weights()
+        misses_rows |= rollouts.skips_rows_without_weight and not self._multiplies_weights()
         if not rollouts.is_arranged or (self._may_move_rows(rollouts) and not misses_rows):
             return True
         logger.warning(

@@ -45,6 +45,8 @@ class RolloutBuffer(Sequence[MicroBatch]):
             Where other processes have images it is set to `False` here too.
         is_arranged (`bool`):
             Whether [`~RolloutBuffer.arrange`] has dealt the rows out anew.
+        skips_rows_without_weight (`bool`):
+            Whether rows without a weight are left out, if there are any; as `is_arranged` the same on all processes.
         padded_shape (`tuple[int, int]`):
             Rows and tokens of a row, padding included, of a micro-batch as TRL made it.
     """
@@ -52,7 +54,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
     def __init__(self, micro_batches: Sequence[MicroBatch], start_step: int = 0) -> None:
         self._micro_batches = [dict(micro_batch) for micro_batch in micro_batches]
         self.start_step = start_step
-        self.is_arranged = False
+        self.is_arranged = self.skips_rows_without_weight = False
         self.has_only_text = all(
             isinstance(value, torch.Tensor) and (value.ndim == 0 or value.size(0) == _num_rows(micro_batch))
             for micro_batch in self._micro_batches
@@ -109,11 +111,6 @@ class RolloutBuffer(Sequence[MicroBatch]):
         """Whether rows without a gradient are left out, if there are any."""
         return bool(self._left_out)
 
-    @property
-    def misses_rows_without_weight(self) -> bool:
-        """Whether rows are left out because they have no weight."""
-        return any(left_out.rows_without_weight for left_out in self._left_out.values())
-
     def left_out(self, index: int) -> LeftOut:
         """The rows that were left out of micro-batch `index`."""
         return self._left_out.get(index, LeftOut())
@@ -158,9 +155,9 @@ class RolloutBuffer(Sequence[MicroBatch]):
                 Bring the rows of a prompt together, for a forward that computes the prompt once; no micro-batch gets
                 more tokens than one had with padding. Otherwise micro-batches get equally many rows.
             skip_zero_weight (`bool`, *optional*, defaults to `False`):
-                Leave out the rows of which no token has a weight either, where weights are known.
+                Then also leave out those without a weight, as far as weights are known.
         """
-        self.is_arranged = True
+        self.is_arranged, self.skips_rows_without_weight = True, skip_zero_advantage and skip_zero_weight
         for start in range(0, len(self), window):
             targets = range(start, min(start + window, len(self)))
             rows = _concatenate([self._micro_batches[index] for index in targets])
@@ -185,7 +182,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
             `int`:
                 How many have been left out.
         """
-        num_left_out = 0
+        self.skips_rows_without_weight, num_left_out = True, 0
         for start in range(0, len(self), window):
             targets = range(start, min(start + window, len(self)))
             full = [self._micro_batches[index] for index in targets if index not in self._empty]
@@ -263,6 +260,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
             "start_step": self.start_step,
             "has_only_text": self.has_only_text,
             "is_arranged": self.is_arranged,
+            "skips_rows_without_weight": self.skips_rows_without_weight,
             "left_out": {index: asdict(left_out) for index, left_out in self._left_out.items()},
             "padded_shape": self.padded_shape,
             "empty": sorted(self._empty),
@@ -294,6 +292,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
         buffer = cls(micro_batches, content["start_step"])
         buffer.has_only_text = content["has_only_text"]
         buffer.is_arranged = content["is_arranged"]
+        buffer.skips_rows_without_weight = content.get("skips_rows_without_weight", False)
         buffer._left_out = {int(index): LeftOut(**left_out) for index, left_out in content["left_out"].items()}
         buffer.padded_shape = tuple(content["padded_shape"])
         buffer._empty = set(content["empty"])
