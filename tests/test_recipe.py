@@ -281,6 +281,31 @@ def test_a_value_that_training_refuses_is_one_line(recipe, tmp_path, capsys, mon
     assert not (tmp_path / RUN_FILE).exists()
 
 
+@pytest.mark.parametrize("under_fsdp", [False, True])
+def test_vllm_generates_for_the_evaluations_too(under_fsdp, recipe, tmp_path, monkeypatch):
+    """Under FSDP the model does: before training it cannot be brought to vLLM."""
+    vllm = object()
+    given = []
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", lambda **options: vllm)
+    monkeypatch.setattr(recipe, "evaluate", lambda *args, **options: given.append(options["vllm"]))
+
+    trainer_class = recipe.GRPOExtTrainer
+
+    def refuse(**options):
+        raise ValueError("not this")
+
+    def make(**options):
+        trainer = trainer_class(**options)
+        trainer.is_fsdp_enabled = under_fsdp
+        trainer.train = refuse
+        return trainer
+
+    monkeypatch.setattr(recipe, "GRPOExtTrainer", make)
+    with pytest.raises(SystemExit):
+        recipe.main(small(tmp_path, use_vllm="true"))
+    assert given == [None if under_fsdp else vllm] * 2  # the held-out problems, and those on new sentences
+
+
 def test_two_runs_and_one_folder(recipe, tmp_path, capsys):
     """A run starts in its own folder again, with its own record; another one neither starts there nor goes on."""
     out = tmp_path / "out"
