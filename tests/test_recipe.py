@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,18 @@ def test_every_configuration_parses(recipe, config, tmp_path):
     again = recipe.parse_arguments([f"--config={tmp_path / RUN_FILE}"])
     assert again[0].settings == recipe_args.settings
     assert again[2] == model_args
+
+
+@pytest.mark.parametrize(
+    "config", [config for config in CONFIGS if config.stem != "offline-tiny"], ids=lambda p: p.stem
+)
+def test_the_options_that_a_configuration_names_for_vllm(recipe, config, tmp_path):
+    (options,) = re.findall(r"--use_vllm true[^(\n]*", config.read_text())
+    others = ["--use_cpu", "true", "--output_dir", str(tmp_path)]
+    _, training_args, _ = recipe.parse_arguments(["--config", str(config), *options.split(), *others])
+    assert training_args.use_vllm
+    assert training_args.vllm_mode == "colocate"
+    assert training_args.vllm_max_model_length > 2 * training_args.max_completion_length
 
 
 def test_the_default_configuration(recipe):
