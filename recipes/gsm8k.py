@@ -73,7 +73,9 @@ class RecipeArguments:
     )
     eval_items: int = field(default=200, metadata={"help": "Number of held-out problems that are evaluated."})
     eval_samples: int = field(default=4, metadata={"help": "Samples for each problem (0: greedy decoding only)."})
-    eval_batch_size: int = field(default=64, metadata={"help": "Completions an evaluation generates at once."})
+    eval_batch_size: int = field(
+        default=64, metadata={"help": "Completions an evaluation generates at once; vLLM sees to that itself."}
+    )
     prompt_example: bool = field(
         default=False,
         metadata={
@@ -295,7 +297,9 @@ def main(argv: list[str]) -> None:
     trainer.add_callback(BoundCollectiveCalls)
     trainer.add_callback(BeginRun(run))
 
-    # Before, training, after
+    # Before, training, after. Under FSDP TRL can bring vLLM a model only once training has wrapped it.
+    generates_with_vllm = training_args.use_vllm and not trainer.is_fsdp_enabled
+
     def evaluate_all(when: str) -> dict[str, Accuracy]:
         return {
             name: evaluate(
@@ -307,6 +311,7 @@ def main(argv: list[str]) -> None:
                 batch_size=recipe_args.eval_batch_size,
                 seed=training_args.seed,
                 accelerator=trainer.accelerator,
+                vllm=trainer.vllm_generation if generates_with_vllm else None,
                 description=f"Evaluating {when} ({name.replace('_', ' ')})",
             )
             for name, problems in heldout.items()

@@ -1,10 +1,14 @@
 from contextlib import nullcontext
+from copy import deepcopy
 from decimal import Decimal
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import trl.generation.vllm_generation as generation
+from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,6 +126,7 @@ def test_each_problem_counts_once_however_many_processes_there_are(monkeypatch):
 
     class Process:
         num_processes = 2
+        device = torch.device("cpu")
 
         def __init__(self, index):
             self.process_index = index
@@ -197,3 +202,136 @@ def test_what_cannot_be_evaluated_is_told_before_anything_is_generated(monkeypat
 def test_a_problem_without_a_prompt(prompt):
     with pytest.raises(ValueError, match="problem 0 has no prompt"):
         check_problems(Dataset.from_dict({"prompt": [prompt], "answer": ["1"]}))
+
+
+# With vLLM
+
+
+class Engine:
+    """A colocated vLLM's interface, as TRL uses it, on a model of transformers with weights of its own."""
+
+    def __init__(self, model, tokenizer):
+        self.model = deepcopy(model)
+        self.tokenizer = tokenizer
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.zero_()
+        runner = SimpleNamespace(model=self)
+        worker = SimpleNamespace(model_runner=runner)
+        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+        self.calls = []
+
+    def load_weights(self, weights):
+        self.model.load_state_dict(dict(weights), strict=False)
+
+    def reset_prefix_cache(self):
+        pass
+
+    def generate(self, prompts, sampling_params, use_tqdm):
+        self.calls.append((len(prompts), sampling_params))
+        texts = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt["prompt_token_ids"]])
+            sampled = {"do_sample": True, "top_k": 0} if sampling_params["temperature"] > 0 else {"do_sample": False}
+            completion = self.model.generate(ids, max_new_tokens=sampling_params["max_tokens"], **sampled)[0]
+            texts.append(completion[ids.size(1) :].tolist())
+        return [
+            SimpleNamespace(
+                prompt_token_ids=prompt["prompt_token_ids"],
+                outputs=[
+                    SimpleNamespace(token_ids=ids, logprobs=[{i: SimpleNamespace(rank=1, logprob=-1.0)} for i in ids])
+                ],
+            )
+            for prompt, ids in zip(prompts, texts, strict=True)
+        ]
+
+
+@pytest.fixture
+def vllm(policy, monkeypatch):
+    """TRL's own `VLLMGeneration`, with the settings of a training run, on that engine."""
+    model, tokenizer = policy
+    monkeypatch.setattr(generation.VLLMGeneration, "_init_vllm", lambda self: None)
+    monkeypatch.setattr(generation, "SamplingParams", dict, raising=False)
+    found = generation.VLLMGeneration(
+        model,
+        Accelerator(cpu=True),
+        tokenizer,
+        temperature=0.7,
+        top_k=3,
+        min_p=0.1,
+        repetition_penalty=1.5,
+        max_completion_length=8,
+        generation_kwargs={"seed": 1},
+    )
+    found.llm = Engine(model, tokenizer)
+    return found
+
+
+def test_vllm_generates_with_the_policys_weights(policy, vllm):
+    model, tokenizer = policy
+    problems = load_arithmetic("heldout", 6)
+    expected = evaluate(model, tokenizer, problems, max_new_tokens=60, samples_per_item=0)
+    assert expected.flexible > 0
+    options = {"max_new_tokens": 60, "accelerator": vllm.accelerator, "vllm": vllm}
+    settings = {name: value for name, value in vars(vllm).items() if name != "llm"}
+    assert evaluate(model, tokenizer, problems, samples_per_item=0, **options) == expected
+    torch.manual_seed(3)
+    np.random.seed(3)
+    numbers = torch.rand(3), np.random.rand()
+    torch.manual_seed(3)
+    np.random.seed(3)
+    accuracy = evaluate(model, tokenizer, problems, samples_per_item=2, **options)
+    assert torch.equal(torch.rand(3), numbers[0])
+    assert np.random.rand() == numbers[1]
+    assert accuracy.strict == expected.strict
+    assert accuracy.samples_per_item == 2
+    plain = {
+        "n": 1,
+        "repetition_penalty": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "max_tokens": 60,
+        "logprobs": 0,
+    }
+    greedy, sampled = {**plain, "temperature": 0.0}, {**plain, "temperature": 1.0}
+    assert vllm.llm.calls == [(6, greedy), (6, greedy), (12, sampled)]
+    assert {name: value for name, value in vars(vllm).items() if name != "llm"} == settings
+
+
+def test_processes_that_share_a_vllm_sample_the_same(policy, vllm, monkeypatch):
+    """Each of them samples for all, so their random numbers must be the same; those of others must not."""
+    model, tokenizer = policy
+    vllm.tensor_parallel_size = 2
+    numbers = []
+
+    def generate(prompts, images, num_generations):
+        numbers.append((torch.rand(()).item(), np.random.rand()))
+        return None, [[5]] * len(prompts), None, None
+
+    monkeypatch.setattr(vllm, "generate", generate)
+    monkeypatch.setattr(evaluation, "gather_object", lambda values: values)
+    problems = load_arithmetic("heldout", 4)
+    for index in range(4):
+        process = SimpleNamespace(process_index=index, num_processes=4, device=torch.device("cpu"))
+        evaluate(model, tokenizer, problems, max_new_tokens=4, samples_per_item=0, accelerator=process, vllm=vllm)
+    assert numbers[0] == numbers[1]
+    assert numbers[2] == numbers[3]
+    assert len({number for pair in numbers[1:3] for number in pair}) == 4
+
+
+def test_a_model_that_waits_for_training_elsewhere_is_brought_to_the_device(monkeypatch):
+    """DeepSpeed leaves it on the CPU until training begins; a meta device stands for the GPU here."""
+    devices = []
+
+    def generate(policy, tokenizer, prompts, **options):
+        devices.append(policy.device.type)
+        return [[""]] * len(prompts)
+
+    monkeypatch.setattr(evaluation, "generate_texts", generate)
+    monkeypatch.setattr(evaluation, "unwrap_model_for_generation", lambda model, accelerator: nullcontext(model))
+    monkeypatch.setattr(evaluation.compat, "generators_restored", lambda device: nullcontext())
+    process = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("meta"))
+    problems = load_arithmetic("heldout", 2)
+    evaluate(tiny_model(), tiny_tokenizer(), problems, max_new_tokens=4, samples_per_item=0, accelerator=process)
+    assert devices == ["meta"]

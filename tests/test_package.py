@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,35 @@ def test_no_figure_of_another_evaluator_stands_beside_ours():
         assert not re.search(r"published.*\d", file.read_text(), re.IGNORECASE), file
 
 
-def test_it_can_be_installed_beside_vllm():
-    """vLLM 0.31 wants a transformers below 5.18."""
+# What releases of vLLM require, by their metadata, and a transformers that they and their torch go with.
+VLLM = {
+    "0.22": ("transformers!=5.0.*,!=5.1.*,!=5.2.*,!=5.3.*,!=5.4.*,!=5.5.0,>=4.56.0", "5.23.0", "2.11.0"),
+    "0.26": ("transformers>=5.5.3", "5.23.0", "2.11.0"),
+    "0.28": ("transformers>=5.5.3", "5.23.0", "2.13.0"),
+    "0.30": ("transformers>=5.10.4", "5.23.0", "2.13.0"),
+    "0.31": ("transformers<5.18.0,>=5.10.4", "5.17.0", "2.13.0"),
+}
+
+
+@pytest.mark.parametrize("vllm", VLLM)
+def test_it_can_be_installed_beside_vllm(vllm):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = {found.name: found.specifier for found in map(Requirement, project["dependencies"])}
-    assert "5.17.0" in requirements["transformers"]
+    of_vllm, transformers, torch = VLLM[vllm]
+    assert transformers in requirements["transformers"] & Requirement(of_vllm).specifier
+    assert torch in requirements["torch"]
+
+
+def test_trl_takes_the_releases_of_vllm_that_the_readme_names():
+    (bounds,) = [
+        Requirement(found.split(";")[0]).specifier
+        for found in metadata.requires("trl")
+        if found.startswith("vllm") and 'extra == "vllm"' in found
+    ]
+    (named,) = re.findall(r"takes vLLM (\S+) to (\S+),", (ROOT / "README.md").read_text())
+    assert {str(bound) for bound in bounds} == {f">={named[0]}.0", f"<={named[1]}.0"}
+    assert {min(VLLM), max(VLLM)} == set(named)
+
+
+def test_the_recipe_needs_no_newer_transformers_than_vllm_allows():
     assert "trainer.end()" not in (ROOT / "recipes" / "gsm8k.py").read_text()  # transformers 5.18's

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,18 @@ def test_every_configuration_parses(recipe, config, tmp_path):
     again = recipe.parse_arguments([f"--config={tmp_path / RUN_FILE}"])
     assert again[0].settings == recipe_args.settings
     assert again[2] == model_args
+
+
+@pytest.mark.parametrize(
+    "config", [config for config in CONFIGS if config.stem != "offline-tiny"], ids=lambda p: p.stem
+)
+def test_the_options_that_a_configuration_names_for_vllm(recipe, config, tmp_path):
+    (options,) = re.findall(r"--use_vllm true[^(\n]*", config.read_text())
+    others = ["--use_cpu", "true", "--output_dir", str(tmp_path)]
+    _, training_args, _ = recipe.parse_arguments(["--config", str(config), *options.split(), *others])
+    assert training_args.use_vllm
+    assert training_args.vllm_mode == "colocate"
+    assert training_args.vllm_max_model_length > 2 * training_args.max_completion_length
 
 
 def test_the_default_configuration(recipe):
@@ -279,6 +292,31 @@ def test_a_value_that_training_refuses_is_one_line(recipe, tmp_path, capsys, mon
     assert stopped.value.code == 1
     assert capsys.readouterr().err.splitlines()[-1] == "error: not this"
     assert not (tmp_path / RUN_FILE).exists()
+
+
+@pytest.mark.parametrize("under_fsdp", [False, True])
+def test_vllm_generates_for_the_evaluations_too(under_fsdp, recipe, tmp_path, monkeypatch):
+    """Under FSDP the model does: before training it cannot be brought to vLLM."""
+    vllm = object()
+    given = []
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", lambda **options: vllm)
+    monkeypatch.setattr(recipe, "evaluate", lambda *args, **options: given.append(options["vllm"]))
+
+    trainer_class = recipe.GRPOExtTrainer
+
+    def refuse(**options):
+        raise ValueError("not this")
+
+    def make(**options):
+        trainer = trainer_class(**options)
+        trainer.is_fsdp_enabled = under_fsdp
+        trainer.train = refuse
+        return trainer
+
+    monkeypatch.setattr(recipe, "GRPOExtTrainer", make)
+    with pytest.raises(SystemExit):
+        recipe.main(small(tmp_path, use_vllm="true"))
+    assert given == [None if under_fsdp else vllm] * 2  # the held-out problems, and those on new sentences
 
 
 def test_two_runs_and_one_folder(recipe, tmp_path, capsys):

@@ -1,10 +1,12 @@
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from launch import load_script, warm_python
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -80,14 +82,15 @@ def slurm(tmp_path):
         # with vLLM, its server is there first
         "accelerate": f"""case "$*" in *vllm_mode*) until [ -s {notes} ]; do sleep 0.02; done ;; esac
                           echo "accelerate $*" >>{notes}""",
-        "trl": f'echo "trl $*" >>{notes}',
+        "vllm": f"""echo "vllm, dev mode $VLLM_SERVER_DEV_MODE:$(printf ' <%s>' "$@")" >>{notes}""",
     }
     for name, program in programs.items():
         (commands / name).write_text(f"#!/usr/bin/env bash\n{program}\n")
         (commands / name).chmod(0o755)
 
-    def start(script, *arguments):
+    def start(script, *arguments, **others):
         environment = {
+            **others,
             "PATH": f"{commands}:{os.environ['PATH']}",
             "SLURM_SUBMIT_DIR": str(SCRIPTS.parent),
             "SLURM_JOB_NODELIST": "a,b,c",
@@ -120,20 +123,40 @@ def test_slurm(slurm, tmp_path):
     assert sum(call.endswith(ending) for call in calls) == 3
 
 
-def test_slurm_with_vllm(slurm):
-    result, calls = slurm("train_with_vllm.sbatch", "some/model", "--beta", "0.04")
+@pytest.mark.parametrize(("tensor_parallel", "copies"), [(None, 4), (2, 2)])
+def test_slurm_with_vllm(tensor_parallel, copies, slurm):
+    environment = {} if tensor_parallel is None else {"VLLM_TENSOR_PARALLEL": str(tensor_parallel)}
+    result, calls = slurm("train_with_vllm.sbatch", "some/model", "--beta", "0.04", **environment)
     assert result.returncode == 0, result.stderr
     assert calls[-1] == (
-        "trl vllm-serve --model some/model --host 0.0.0.0 --port 8000 --tensor_parallel_size 1 --data_parallel_size 4"
+        "vllm, dev mode 1: <serve> <some/model> <--host> <0.0.0.0> <--port> <8000> "
+        f"<--tensor-parallel-size> <{tensor_parallel or 1}> <--data-parallel-size> <{copies}> "
+        '<--weight-transfer-config> <{"backend": "nccl"}> <--logprobs-mode> <processed_logprobs>'
     )
     assert len(calls) == 3
     for call in calls[:2]:
         assert "--num_machines 2 --num_processes 8" in call
         assert "--vllm_mode server --vllm_server_host c" in call
         assert call.endswith("--beta 0.04")
-    result, _ = slurm("train_with_vllm.sbatch")
+
+
+def test_slurm_with_vllm_needs_a_model(slurm):
+    result, calls = slurm("train_with_vllm.sbatch")
     assert result.returncode == 2
     assert "error: a model and at least 2 nodes are needed" in result.stderr
+    assert calls == []
+
+
+def test_ranks_wait_longer_for_each_other_than_one_of_them_for_vllm():
+    """Otherwise they end before it can say that there is no server."""
+    job = (SCRIPTS / "slurm" / "train_with_vllm.sbatch").read_text()
+    (timeout,) = re.findall(r"--vllm_server_timeout (\d+)", job)
+    bounds = [
+        yaml.safe_load(file.read_text()).get("ddp_timeout", 1800)
+        for file in (SCRIPTS.parent / "recipes" / "configs").glob("*.yaml")
+    ]
+    assert len(bounds) > 1
+    assert int(timeout) < min(bounds)
 
 
 def test_plan_memory(tmp_path, capsys):

@@ -15,7 +15,6 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
-    GenerationConfig,
     GPT2Config,
     GptOssConfig,
     Lfm2Config,
@@ -37,7 +36,6 @@ from trl_grpo_ext.shared_prefix import SharedPrefixMixin, attention
 from trl_grpo_ext.shared_prefix.attention import Segments
 from trl_grpo_ext.shared_prefix.layout import packed_layout
 from trl_grpo_ext.shared_prefix.mixin import find_obstacle
-from trl_grpo_ext.shared_prefix.prefill import shared_prefill
 from trl_grpo_ext.trainer import GRPOExtTrainer
 
 
@@ -429,21 +427,41 @@ def test_generation_and_saved_models_are_as_they_were(policy, tmp_path):
 
 
 def test_continuous_batching_trains_as_with_trl(tmp_path):
-    """It asks for the attention by its name."""
+    """It asks for the attention by its name, between packed updates; the same tokens and the same steps."""
     options = {
         "use_transformers_continuous_batching": True,
         "transformers_continuous_batching_config": {"num_blocks": 16, "max_batch_tokens": 64},
-        "max_steps": 1,
+        "max_steps": 2,
     }
-    norms = {}
+    completions, norms, weights, packed_tokens = {}, {}, {}, {}
+    start = make_model(FAMILIES["qwen2"]).state_dict()
     for trainer_class, packing in ((GRPOTrainer, {}), (GRPOExtTrainer, {"shared_prefix": "on"})):
+        seen = completions[trainer_class] = []
+
+        def reward(completion_ids, seen=seen, **kwargs):
+            seen.append(completion_ids)
+            return [float(sum(ids) % 5) for ids in completion_ids]
+
         set_seed(0)
         trainer = make_trainer(make_model(FAMILIES["qwen2"]), tmp_path, trainer_class, **options, **packing)
+        trainer.reward_funcs = [reward]
         trainer.train()
-        norms[trainer_class] = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        log = trainer.state.log_history
+        norms[trainer_class] = [entry["grad_norm"] for entry in log if "grad_norm" in entry]
+        packed_tokens[trainer_class] = [
+            (entry["update/tokens_computed"], entry["update/tokens_padded"])
+            for entry in log
+            if "update/tokens_computed" in entry
+        ]
+        weights[trainer_class] = trainer.model.state_dict()
     assert trainer.packs
-    assert max(norms[GRPOTrainer]) > 0
+    assert len(packed_tokens[GRPOExtTrainer]) == 2
+    assert all(computed < padded for computed, padded in packed_tokens[GRPOExtTrainer])
+    assert completions[GRPOExtTrainer] == completions[GRPOTrainer]
+    assert len(norms[GRPOTrainer]) == 2
+    assert min(norms[GRPOTrainer]) > 0
     assert norms[GRPOExtTrainer] == pytest.approx(norms[GRPOTrainer], rel=1e-5)
+    assert relative_difference(weights[GRPOExtTrainer], weights[GRPOTrainer], start) <= 1e-5
 
 
 # Models that are not this trainer's alone
@@ -633,102 +651,3 @@ def test_attention_refuses_what_it_does_not_do(argument):
             segments=Segments(packed_layout(ids, mask, width)),
             **{argument: 1.0},
         )
-
-
-# Generation
-
-
-def generated(model, rows, **options):
-    """Sampled tokens, and the tokens of each forward."""
-    ids, mask = rows
-    forwards = []
-    handle = model.register_forward_pre_hook(
-        lambda module, positional, named: forwards.append(tuple(named["input_ids"].shape)), with_kwargs=True
-    )
-    torch.manual_seed(0)
-    config = GenerationConfig(max_new_tokens=6, do_sample=True, top_k=0, pad_token_id=256, eos_token_id=258, **options)
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    handle.remove()
-    return output, forwards
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mistral"])
-def test_a_prompt_is_prefilled_once(family):
-    model = make_model(FAMILIES[family]).eval()
-    ids, mask, width = make_rows([(0, 5, 1), (0, 5, 1), (1, 9, 1), (0, 5, 1), (1, 9, 1)])
-    rows = ids[:, :-width], mask[:, :-width]
-    expected, forwards = generated(model, rows)
-    assert forwards[0] == (5, 10)
-    with shared_prefill(model):
-        found, forwards = generated(model, rows)
-    assert torch.equal(found, expected)
-    assert forwards[:2] == [(2, 9), (5, 1)]
-    assert torch.equal(generated(model, rows)[0], expected)
-    assert "generate" not in vars(model)
-
-
-@pytest.mark.parametrize(
-    ("rows", "options"),
-    [
-        pytest.param([(0, 5, 1), (1, 9, 1)], {}, id="nothing shared"),
-        pytest.param([(0, 1, 1), (0, 1, 1)], {}, id="prompts of one token and a pad"),
-        pytest.param([(0, 5, 1), (0, 5, 1)], {"use_cache": False}, id="no cache"),
-        pytest.param([(0, 5, 1), (0, 5, 1)], {"use_cache_of_model": False}, id="a model without one"),
-        pytest.param([(0, 5, 1), (0, 5, 1)], {"cache_implementation": "static"}, id="another cache"),
-    ],
-)
-def test_generation_otherwise_as_it_was(rows, options):
-    options = dict(options)
-    model = make_model(FAMILIES["llama"]).eval()
-    model.generation_config.use_cache = options.pop("use_cache_of_model", None)
-    ids, mask, width = make_rows(rows)
-    rows = ids[:, :-width], mask[:, :-width]
-    expected, _ = generated(model, rows, **options)
-    with shared_prefill(model):
-        found, _ = generated(model, rows, **options)
-    assert torch.equal(found, expected)
-
-
-def test_training_generates_from_shared_prompts(policy, tmp_path):
-    """Without canned rollouts: the same completions as TRL samples, from fewer prompt tokens."""
-    shapes = {}
-
-    def train(trainer_class, **options):
-        config_class = GRPOConfig if trainer_class is GRPOTrainer else GRPOExtConfig
-        set_seed(0)
-        trainer = trainer_class(
-            model=policy,
-            reward_funcs=canned_reward,
-            args=canned_config(tmp_path, config_class, max_steps=3, **options),
-            train_dataset=canned_prompts(),
-            processing_class=tiny_tokenizer(),
-        )
-        seen = shapes[trainer_class] = []
-        trainer.model.register_forward_pre_hook(
-            lambda module, positional, named: seen.append(tuple(named["input_ids"].shape)), with_kwargs=True
-        )
-        trainer.train()
-        return [entry["completions/mean_length"] for entry in trainer.state.log_history if "reward" in entry]
-
-    assert train(GRPOExtTrainer, shared_prefix="on") == train(GRPOTrainer)
-    prompts_of_8_rows = [shape for shape in shapes[GRPOExtTrainer] if shape[0] == 2 and shape[1] > 1]
-    assert len(prompts_of_8_rows) == 3  # one for each generation
-
-
-def test_a_generate_of_the_users_stays(tmp_path):
-    """It may take other arguments than transformers'."""
-    model = make_model(FAMILIES["llama"])
-    trainer = make_trainer(model, tmp_path, shared_prefix="on", max_steps=2)
-    calls = []
-
-    def generate(input_ids, attention_mask, generation_config, disable_compile=None):
-        calls.append(len(input_ids))
-        return type(model).generate(
-            model, input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config
-        )
-
-    model.generate = generate
-    trainer.train()
-    assert trainer.packs
-    assert calls == [8, 8]
-    assert model.generate is generate

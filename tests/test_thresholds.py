@@ -117,7 +117,7 @@ def test_each_problem_counts_once(items, monkeypatch):
         monkeypatch.setattr(evaluation, "generate_texts", generate)
         monkeypatch.setattr(evaluation, "gather_object", gather)
         monkeypatch.setattr(evaluation, "unwrap_model_for_generation", lambda model, accelerator: nullcontext(model))
-        accelerator = SimpleNamespace(process_index=process_index, num_processes=2)
+        accelerator = SimpleNamespace(process_index=process_index, num_processes=2, device=torch.device("cpu"))
         options = {"max_new_tokens": 4, "samples_per_item": 3, "description": None}
         return evaluation.evaluate(tiny_model(), tiny_tokenizer(), problems, accelerator=accelerator, **options)
 

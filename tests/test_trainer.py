@@ -209,3 +209,14 @@ def test_what_makes_the_column_itself_is_let_through(tmp_path):
     assert make(tmp_path, tag_bundle(), no_column, config(tmp_path, check_references=False))
     assert make(tmp_path, tag_bundle(), no_column, rollout_func=lambda prompts, trainer: {})
     assert make(tmp_path, [lambda completions, **kwargs: [0.0] * len(completions)], no_column)
+
+
+def test_a_seed_that_makes_the_completions_of_a_prompt_the_same_is_refused(tmp_path):
+    """Colocated, vLLM begins each completion from it; a server counts on from it, without vLLM it is not read."""
+    seed = {"use_vllm": True, "generation_kwargs": '{"seed": 3}'}
+    with pytest.raises(ValueError, match=r"makes all completions of a prompt the same.*leave it out"):
+        config(tmp_path, vllm_mode="colocate", **seed)
+    assert config(tmp_path, vllm_mode="server", **seed).generation_kwargs == {"seed": 3}
+    for kept in ({}, {"seed": None}, {"seed": -1}, None):
+        config(tmp_path, use_vllm=True, vllm_mode="colocate", generation_kwargs=kept)
+    config(tmp_path, generation_kwargs={"seed": 3})

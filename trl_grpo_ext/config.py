@@ -27,10 +27,11 @@ class GRPOExtConfig(GRPOConfig):
             The passes that remain are made with completions sampled afresh for the same prompts, so neither the number
             of steps nor the order of prompts changes.
         skip_zero_advantage (`bool`, *optional*, defaults to `True`):
-            Leave out completions that carry no gradient (zero advantage, or no token that counts), and spread the
-            others evenly over the micro-batches of their optimizer step. Loss and gradient are the same. Applies to
-            TRL's own loss with `loss_type` grpo, dr_grpo and dapo and `beta=0`. Clip ratios count the completions left
-            out, as TRL does; the entropy is that of the others.
+            Leave out completions that carry no gradient (zero advantage, no token that counts, or masked out by
+            vLLM's importance sampling correction, once that is known), and spread the others evenly over the
+            micro-batches of their optimizer step. Loss and gradient are the same. Applies to TRL's own loss with every
+            `loss_type` but bnpo, and `beta=0`. Clip ratios count the completions left out, as TRL does; the entropy
+            and the `sampling/...` metrics are those of the others.
         save_rollouts (`bool`, *optional*, defaults to `True`):
             Keep the rollouts in checkpoints, so that a run stopped between two passes ends where it would have.
         reshuffle_iterations (`bool`, *optional*, defaults to `False`):
@@ -116,6 +117,13 @@ def check_settings(args: GRPOConfig) -> None:
             f"{args.gradient_accumulation_steps} takes all num_iterations * steps_per_generation = "
             f"{args.num_iterations} * {args.steps_per_generation} micro-batches of the passes into one optimizer "
             "step, in which the policy stays the same: set a smaller gradient_accumulation_steps, or target_kl to None"
+        )
+    sampling_seed = (args.generation_kwargs or {}).get("seed")
+    if args.use_vllm and args.vllm_mode == "colocate" and sampling_seed not in (None, -1):  # -1 is vLLM's for none
+        raise ValueError(
+            f"generation_kwargs={args.generation_kwargs!r} with vllm_mode='colocate' makes all completions of a "
+            "prompt the same, because vLLM begins each of them from that seed: leave it out; colocated, vLLM samples "
+            "with this process's random generators, which checkpoints keep"
         )
     shared_prefix = extension_setting(args, "shared_prefix")
     if shared_prefix not in ("auto", "on", "off"):

@@ -10,6 +10,7 @@ distribution moved.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +19,10 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.models import unwrap_model_for_generation
 
+from . import compat
 from .rewards.correctness import is_reference_number
 from .rewards.extract import extract_last_number, extract_tagged_answer
 from .rewards.references import reference_to_text
@@ -28,6 +30,7 @@ from .rewards.references import reference_to_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from trl.generation.vllm_generation import VLLMGeneration
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,40 @@ def generate_texts(
     return texts
 
 
+def _texts_from_vllm(
+    vllm: "VLLMGeneration",
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict[str, str]]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    num_samples: int,
+    progress: "tqdm[Any]",
+) -> list[list[str]]:
+    """[`generate_texts`] with a trainer's vLLM, all prompts at once; its settings are as before afterwards."""
+    ids_of_prompts = [_to_ids(tokenizer, prompt) for prompt in prompts]
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "max_completion_length": max_new_tokens,
+        "structured_outputs_regex": None,
+        "generation_kwargs": {},
+    }
+    before = {name: getattr(vllm, name) for name in settings}
+    vars(vllm).update(settings)
+    try:
+        repeated = [ids for ids in ids_of_prompts for _ in range(num_samples)]
+        completion_ids = vllm.generate(repeated, images=None, num_generations=num_samples)[1]
+    finally:
+        vars(vllm).update(before)
+    progress.update(len(prompts))
+    completions = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    return [completions[start : start + num_samples] for start in range(0, len(completions), num_samples)]
+
+
 def _to_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
     """A prompt's tokens, as TRL makes them."""
     if isinstance(prompt, str):
@@ -156,13 +193,18 @@ def _to_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)["input_ids"]
 
 
+def _bring_to(device: torch.device, model: nn.Module) -> None:
+    """Move a model to the processes' device, if it is not there: DeepSpeed does so only when training begins."""
+    if next(model.parameters()).device.type != device.type:
+        model.to(device)
+
+
 @contextmanager
 def _undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Evaluation mode and random numbers of its own: training goes on as if there had been no evaluation."""
     was_training = model.training
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with compat.generators_restored(model.device):
+        set_seed(seed)
         model.eval()
         try:
             yield
@@ -203,6 +245,7 @@ def evaluate(
     batch_size: int = 64,
     seed: int = 0,
     accelerator: Accelerator | None = None,
+    vllm: "VLLMGeneration | None" = None,
     description: str | None = "Evaluating",
 ) -> Accuracy:
     """Measure a policy's accuracy on problems with the columns `prompt` and `answer`.
@@ -220,12 +263,15 @@ def evaluate(
         samples_per_item (`int`, *optional*, defaults to `4`):
             Samples at temperature 1.0 for each problem; 0 leaves the sampled accuracy out.
         batch_size (`int`, *optional*, defaults to `64`):
-            Completions that are generated at once, on each process.
+            Completions that are generated at once, on each process. vLLM makes its batches itself.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the samples.
         accelerator (`Accelerator`, *optional*):
             Where there are several processes: each takes its share of the problems, and all return the same figures.
             Weights that are shared out are gathered for that time.
+        vllm (`VLLMGeneration`, *optional*):
+            The `vllm_generation` of a trainer with `use_vllm=True`: it is brought the policy's weights, and generates
+            in place of the policy. A server's samples do not depend on `seed`.
         description (`str` or `None`, *optional*, defaults to `"Evaluating"`):
             Label of the progress bar; `None` shows none.
 
@@ -246,11 +292,19 @@ def evaluate(
     share = dataset.select([*indices, *[len(dataset) - 1] * (-(-len(dataset) // num_processes) - len(indices))])
     prompts, answers = list(share["prompt"]), list(share["answer"])[: len(indices)]
     runs = [(0.0, 1)] + ([(1.0, samples_per_item)] if samples_per_item else [])
-    texts: list[list[list[str]]] = []
-    unwrapped = nullcontext(model) if accelerator is None else unwrap_model_for_generation(model, accelerator)
+    if accelerator is not None and not compat.holds_parts_of_parameters(model):
+        _bring_to(accelerator.device, model)
+    seed_offset = process_index
+    if vllm is not None:
+        unwrapped = nullcontext(model)
+        seed_offset //= vllm.tensor_parallel_size  # processes that share a copy of the model share its samples
+        with torch.no_grad():
+            vllm.sync_weights()  # training does it when it next generates
+    else:
+        unwrapped = nullcontext(model) if accelerator is None else unwrap_model_for_generation(model, accelerator)
     with (
         unwrapped as policy,
-        _undisturbed(policy, seed + process_index),
+        _undisturbed(policy, seed + seed_offset),
         tqdm(
             total=len(share) * len(runs),
             desc=description,
@@ -258,19 +312,21 @@ def evaluate(
             disable=process_index != 0 or description is None,
         ) as progress,
     ):
-        for temperature, num_samples in runs:
-            texts.append(
-                generate_texts(
-                    policy,
-                    tokenizer,
-                    prompts,
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    num_samples=num_samples,
-                    batch_size=batch_size,
-                    progress=progress,
-                )
+        if vllm is not None:
+            generate = partial(_texts_from_vllm, vllm)
+        else:
+            generate = partial(generate_texts, policy, batch_size=batch_size)
+        texts = [
+            generate(
+                tokenizer,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                num_samples=num_samples,
+                progress=progress,
             )
+            for temperature, num_samples in runs
+        ]
     strict, flexible, sampled = [], [], []
     for index, answer in enumerate(answers):
         strict.append(is_strictly_correct(texts[0][index][0], answer))

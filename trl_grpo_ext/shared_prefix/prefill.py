@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation import GenerationMode
 
 
 @contextmanager
@@ -15,8 +17,9 @@ def shared_prefill(model: PreTrainedModel) -> Iterator[None]:
     Args:
         model (`PreTrainedModel`):
             A decoder with a cache of keys and values. Generation with inputs other than `input_ids` and
-            `attention_mask`, or with another kind of cache, is left as it is, and so is a model with a `generate` that
-            is not transformers' own.
+            `attention_mask`, with another kind of cache, or that does more than continue each row by itself (beams,
+            speculation, several sequences for a row), is left as it is, and so is a model with a `generate` that is
+            not transformers' own.
     """
     if "generate" in vars(model) or type(model).generate is not GenerationMixin.generate:
         yield
@@ -28,9 +31,10 @@ def shared_prefill(model: PreTrainedModel) -> Iterator[None]:
         if (
             not args
             and inputs == {"input_ids", "attention_mask"}
-            and _uses_dynamic_cache(model, options.get("generation_config"))
+            and _takes_a_filled_cache(model, options.get("generation_config"))
+            and (cache := _prefilled(model, options["input_ids"], options["attention_mask"])) is not None
         ):
-            options["past_key_values"] = _prefilled(model, options["input_ids"], options["attention_mask"])
+            options["past_key_values"] = cache
         return generate(*args, **options)
 
     model.generate = generate_from_shared_prompts
@@ -41,16 +45,18 @@ def shared_prefill(model: PreTrainedModel) -> Iterator[None]:
             del model.generate  # the instance's, which hides the class's
 
 
-def _uses_dynamic_cache(model: PreTrainedModel, generation_config: Any) -> bool:
-    def setting(name: str) -> Any:
-        """What the call says, or else the model."""
-        values = (getattr(config, name, None) for config in (generation_config, model.generation_config))
-        return next((value for value in values if value is not None), None)
-
+def _takes_a_filled_cache(model: PreTrainedModel, generation_config: GenerationConfig | None) -> bool:
+    """Whether `generate` would make the cache that it can be given, and go on from it with each row by itself."""
+    config = GenerationConfig() if generation_config is None else deepcopy(generation_config)
+    # What the call does not say, the model says: `generate` itself begins with this line.
+    config.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     return (
-        setting("use_cache") is not False
-        and setting("cache_implementation") in (None, "dynamic")
-        and setting("num_beams") in (None, 1)
+        config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        and config.num_return_sequences in (None, 1)
+        and config.use_cache is not False
+        # It refuses a cache together with the name of one, "dynamic" included; "hybrid" is its old name for none.
+        and config.cache_implementation in (None, "hybrid")
+        and config.prefill_chunk_size is None  # whoever sets it has no memory for a whole prefill
     )
 
 
