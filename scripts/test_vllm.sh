@@ -30,23 +30,23 @@ fi
 use_environment report,test tests/real_vllm/requirements.txt
 
 # vLLM is linked against libnuma. Where it is not installed, it is taken from Debian's package into the environment.
-has_libnuma() { LD_LIBRARY_PATH="${1:-}:${LD_LIBRARY_PATH:-}" python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; }
+can_load_libnuma() { python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; }
 fetch_libnuma() {
-  local apt folder
+  local folder apt
   folder="$(mktemp -d)"
-  apt=(apt-get -qq -o "Dir::State::lists=$folder/lists" -o "Dir::Cache=$folder/cache" -o APT::Sandbox::User=root)
   mkdir -p "$folder/lists/partial" "$folder/cache/archives/partial"
+  # with lists of packages of its own, and no need to be root
+  apt=(apt-get -o "Dir::State::lists=$folder/lists" -o "Dir::Cache=$folder/cache" -o APT::Sandbox::User=root)
   (cd "$folder" && "${apt[@]}" update && "${apt[@]}" download libnuma1 && dpkg -x libnuma1_*.deb "$VENV/libnuma") || true
   rm -rf "$folder"
 }
-if ! has_libnuma; then
-  libnuma="$VENV/libnuma/usr/lib/x86_64-linux-gnu"
-  if ! has_libnuma "$libnuma" && command -v apt-get dpkg >/dev/null; then
-    echo "libnuma.so.1 is missing: taking it from the package libnuma1 into $VENV, for these tests alone"
-    fetch_libnuma >/dev/null 2>&1
+if ! can_load_libnuma; then
+  export LD_LIBRARY_PATH="$VENV/libnuma/usr/lib/x86_64-linux-gnu${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+  if ! can_load_libnuma && command -v apt-get >/dev/null && command -v dpkg >/dev/null; then
+    echo "libnuma.so.1 is missing: taking it from Debian's package libnuma1 into $VENV, for these tests alone"
+    fetch_libnuma &>/dev/null
   fi
-  has_libnuma "$libnuma" || skip "libnuma.so.1 is missing; on Debian and Ubuntu: apt-get install libnuma1"
-  export LD_LIBRARY_PATH="$libnuma${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+  can_load_libnuma || skip "libnuma.so.1 is missing; on Debian and Ubuntu: apt-get install libnuma1"
 fi
 
 cd "$ROOT"

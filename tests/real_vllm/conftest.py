@@ -30,7 +30,7 @@ SECONDS_TO_START = 180
 
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory) -> str:
-    """The embedded policy in fp32: vLLM needs heads of 32, and makes bf16 of nothing that says float32 on both sides."""
+    """The path of the embedded policy, in fp32: vLLM on CPUs needs heads that are 32 wide or more."""
     from training import save_embedded_policy
 
     return save_embedded_policy(tmp_path_factory.mktemp("policy"))

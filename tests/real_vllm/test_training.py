@@ -1,4 +1,4 @@
-"""Training on what a real vLLM samples, in this process and from a server, against `trl.GRPOTrainer` on the same samples.
+"""Training on what a real vLLM samples, here and from a server, against `trl.GRPOTrainer` on the same samples.
 
 With fp32 on both sides the sampler's log-probabilities are the policy's to about 1e-5, which is what tells that new
 weights have arrived. It is also what the trainers differ by: samples, rewards and advantages are the same, and packed

@@ -1,9 +1,9 @@
 """vLLM on a CPU, able to take new weights. A worker's extension of `vllm serve`, and imported by whoever trains.
 
 On a GPU nothing of this is needed. On a CPU vLLM packs the weights of linear layers for oneDNN and drops them, so that
-none can be loaded into them; and a server takes weights over NCCL alone, which TRL's client does not even try without
-CUDA. Here linear layers keep their weights, and the store at which the group meets hands the weights on in place of NCCL.
-All else is vLLM's and TRL's own: the server's endpoints, the client's calls, the names of the weights, what loads them.
+none can be loaded into them; and weights go to a server over NCCL alone, which TRL's client does not even try without
+CUDA. Here linear layers keep their weights, and the store at which trainer and workers meet hands the weights on. All
+else is vLLM's and TRL's own: the server's endpoints, the client's calls, the names of the weights, what loads them.
 """
 
 from types import SimpleNamespace
