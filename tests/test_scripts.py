@@ -3,6 +3,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,57 @@ def test_ranks_wait_longer_for_each_other_than_one_of_them_for_vllm():
     ]
     assert len(bounds) > 1
     assert int(timeout) < min(bounds)
+
+
+@pytest.fixture
+def test_vllm(tmp_path):
+    """Runs the script with programs in place of those that it asks about this machine."""
+    (tmp_path / "bin").mkdir()
+
+    def start(**environment):
+        for name, program in {"uname": "echo Linux x86_64", "grep": "true", **environment.pop("programs", {})}.items():
+            (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{program}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+        return subprocess.run(
+            ["bash", str(SCRIPTS / "test_vllm.sh")],
+            env={
+                "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+                "VENV_VLLM": str(tmp_path / "environment"),
+                "HOME": str(tmp_path),
+                **environment,
+            },
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("programs", "reason"),
+    [
+        ({"uname": "echo Linux aarch64"}, "this is Linux aarch64"),
+        ({"grep": "exit 1"}, "AVX2"),
+        ({"python3": "exit 1", "python3.11": "exit 1"}, "CPython 3.11"),
+    ],
+)
+def test_test_vllm_says_why_it_is_skipped(test_vllm, programs, reason):
+    result = test_vllm(programs=programs)
+    assert result.returncode == 0
+    assert result.stdout.startswith("skipped: ")
+    assert reason in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="another Python is skipped before")
+def test_test_vllm_without_a_network(test_vllm):
+    nothing = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PYTHON": sys.executable}
+    result = test_vllm(**nothing)
+    assert result.returncode == 0
+    assert "skipped: " in result.stdout
+    assert "(no network?)" in result.stdout
 
 
 def test_plan_memory(tmp_path, capsys):
