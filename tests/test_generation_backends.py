@@ -49,10 +49,10 @@ def reward(prompts, completion_ids, **kwargs):
     ]
 
 
-def canned_completion(tokenizer, prompt_ids, place):
+def canned_completion(tokenizer, prompt_ids, place, longest=12):
     """Random letters, at every fourth place a single token; a mark of the end may stand anywhere."""
     numbers = random.Random(f"{prompt_ids} {place}")
-    length = 1 if place % 4 == 3 else numbers.randint(1, 12)
+    length = 1 if place % 4 == 3 else numbers.randint(1, longest)
     return [tokenizer.eos_token_id if numbers.random() < 0.1 else numbers.randrange(65, 91) for _ in range(length)]
 
 
@@ -71,16 +71,19 @@ class Rollouts:
     Args:
         logprobs (`bool`):
             Whether it says with which probability its tokens were sampled.
-        env_mask (`bool`):
-            Whether some tokens are an environment's; in every third row all are.
+        is_policys (`Callable`, *optional*):
+            Whether the policy, and not an environment, has said a token; called with the numbers of row and token.
         own_prompts (`bool`):
             Whether the prompts of a group differ, as where each row is told something else.
+        longest (`int`):
+            Tokens of the longest completion.
         extra (`dict`):
             What else it returns.
     """
 
-    def __init__(self, logprobs=False, env_mask=False, own_prompts=False, **extra):
-        self.logprobs, self.env_mask, self.own_prompts, self.extra = logprobs, env_mask, own_prompts, extra
+    def __init__(self, logprobs=False, is_policys=None, own_prompts=False, longest=12, **extra):
+        self.logprobs, self.is_policys, self.own_prompts = logprobs, is_policys, own_prompts
+        self.longest, self.extra = longest, extra
         self.num_calls = 0
 
     def __call__(self, prompts, trainer):
@@ -89,17 +92,28 @@ class Rollouts:
         prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         if self.own_prompts:
             prompt_ids = [[*ids, 97 + place % 3] for place, ids in enumerate(prompt_ids)]
-        completion_ids = [canned_completion(tokenizer, ids, place) for place, ids in enumerate(prompt_ids)]
+        completion_ids = [
+            canned_completion(tokenizer, ids, place, self.longest) for place, ids in enumerate(prompt_ids)
+        ]
         logps = list(map(sampler_logps, prompt_ids, completion_ids))
         output = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None, **self.extra}
         if self.logprobs:
             output["logprobs"] = logps
-        if self.env_mask:
+        if self.is_policys is not None:
             output["env_mask"] = [
-                [int(row % 3 != 0 and token % 3 != 1) for token in range(len(ids))]
+                [int(self.is_policys(row, token)) for token in range(len(ids))]
                 for row, ids in enumerate(completion_ids)
             ]
         return output
+
+
+def says_two_of_three(row, token):
+    """The policy, in most rows; every third row is an environment's from beginning to end."""
+    return row % 3 != 0 and token % 3 != 1
+
+
+def says_nothing(row, token):
+    return False
 
 
 class OwnGeneration(GRPOTrainer):
@@ -193,13 +207,13 @@ def check_parity(policy, tmp_path, schedule, theirs=GRPOTrainer, ours=GRPOExtTra
 
 
 def each_with_each(backends, schedules=SCHEDULES):
-    """All pairs; every third is quick, each backend and each schedule among them."""
-    pairs = [(backend, schedule) for backend in backends for schedule in schedules]
+    """All pairs; quick is one for each backend, with the schedules in turn."""
     return pytest.mark.parametrize(
         ("backend", "schedule"),
         [
-            pytest.param(*pair, marks=[pytest.mark.slow] if (number + number // len(schedules)) % 3 else [])
-            for number, pair in enumerate(pairs)
+            pytest.param(backend, schedule, marks=[pytest.mark.slow] if (row + column) % len(schedules) else [])
+            for row, backend in enumerate(backends)
+            for column, schedule in enumerate(schedules)
         ],
         ids=str,
     )
@@ -210,9 +224,10 @@ def each_with_each(backends, schedules=SCHEDULES):
 ROLLOUTS = {
     "no more than tokens": {},
     "log-probabilities": {"logprobs": True},
-    "tokens of an environment": {"env_mask": True},
-    "both": {"logprobs": True, "env_mask": True},
-    "prompts of one's own": {"own_prompts": True, "env_mask": True},
+    "tokens of an environment": {"is_policys": says_two_of_three},
+    "both": {"logprobs": True, "is_policys": says_two_of_three},
+    "prompts of one's own": {"own_prompts": True, "is_policys": says_two_of_three},
+    "single tokens": {"logprobs": True, "longest": 1},
 }
 
 
@@ -234,6 +249,29 @@ def test_extra_fields_reach_rewards(policy, tmp_path):
     _, ours = check_parity(policy, tmp_path, schedule, rollout_func=rollouts, reward_funcs=[reward, bonus])
     assert seen[-1] == ["a game"] * 2 * ROWS
     assert sum(ours.metric("rewards/bonus/mean")) > 0
+
+
+@pytest.mark.parametrize("use_vllm", [False, True])
+def test_an_environment_may_say_everything(policy, tmp_path, use_vllm):
+    """Then there is no gradient, and nothing breaks."""
+    rollouts = Rollouts(logprobs=True, is_policys=says_nothing)
+    ours = train(GRPOExtTrainer, policy, tmp_path, (2, 2, 4), rollout_func=rollouts, use_vllm=use_vllm)
+    assert set(ours.exact_grad_norms) == {0.0}
+    assert_same_weights(ours.weights, ours.start)
+
+
+@pytest.mark.parametrize("use_vllm", [False, True])
+@pytest.mark.parametrize("schedule", [SCHEDULES[2], pytest.param(SCHEDULES[3], marks=pytest.mark.slow)], ids=str)
+def test_the_off_policy_mask_is_made_from_what_the_sampler_says(policy, tmp_path, use_vllm, schedule):
+    """Wherever rows have log-probabilities of their own, corrected or not."""
+    options = {"use_vllm": use_vllm, "off_policy_mask_threshold": 0.0}
+    norms = {}
+    for logprobs in {True, use_vllm}:
+        _, ours = check_parity(
+            policy, tmp_path, schedule, rollout_func=Rollouts(logprobs, is_policys=says_two_of_three), **options
+        )
+        norms[logprobs] = ours.exact_grad_norms
+    assert use_vllm or norms[True] != pytest.approx(norms[False], rel=1e-2)
 
 
 # vLLM
@@ -261,9 +299,9 @@ def test_vllm(policy, tmp_path, backend, schedule):
         assert engine.num_syncs == engine.num_calls == 3  # one for each generation
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_a_rollout_function_that_samples_with_vllm(policy, tmp_path, schedule):
-    options = {"use_vllm": True, "rollout_func": Rollouts(logprobs=True, env_mask=True)}
+@each_with_each([name for name, options in ROLLOUTS.items() if options.get("logprobs")])
+def test_a_rollout_function_that_samples_with_vllm(policy, tmp_path, backend, schedule):
+    options = {"use_vllm": True, "rollout_func": Rollouts(**ROLLOUTS[backend])}
     expected, ours = check_parity(policy, tmp_path, schedule, **options)
     assert max(ours.metric("sampling/importance_sampling_ratio/max")) > 1.0
     for run in (expected, ours):
@@ -287,7 +325,11 @@ def test_log_probabilities_are_not_asked_for_where_nothing_is_corrected(policy, 
 @pytest.mark.parametrize("cut", [1, 3])
 def test_resuming_between_passes_over_rows_of_vllm(policy, tmp_path, cut):
     schedule = (4, 2, 2)
-    options = {"use_vllm": True, "rollout_func": Rollouts(logprobs=True, env_mask=True), "save_strategy": "steps"}
+    options = {
+        "use_vllm": True,
+        "rollout_func": Rollouts(logprobs=True, is_policys=says_two_of_three),
+        "save_strategy": "steps",
+    }
     whole = train(GRPOExtTrainer, policy, tmp_path / "whole", schedule, save_steps=1, **options)
     checkpoint = str(tmp_path / "whole" / f"checkpoint-{cut}")
     calls = options["rollout_func"].num_calls
