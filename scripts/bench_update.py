@@ -3,12 +3,21 @@
     python scripts/bench_update.py                                          # all workloads, half an hour
     python scripts/bench_update.py --model smollm2-135m --workloads gsm8k    # a real model's shape
     python scripts/bench_update.py --device cuda --dtype bfloat16 --model qwen2.5-0.5b
+    python scripts/bench_update.py --sampler vllm                           # the update as users of vLLM have it
 
 Rollouts are made up beforehand, so that what is timed is the update phase of a generation batch: the old policy's
 forward where one is needed, and forward, backward and optimizer step of each pass. `trl.GRPOTrainer` and
 `GRPOExtTrainer` take turns in one process. A ratio is only printed if gradient and weights are the same. Next to it
 stands the limit: a plain forward and backward over as many tokens in one row. Peak memory is measured in a process of
 its own for each trainer.
+
+With `--sampler vllm` both trainers have `use_vllm=True` and TRL's defaults for it, among them
+`vllm_importance_sampling_correction=True`. vLLM is neither needed nor measured: the rollouts bring log-probabilities
+of a sampler that differs a little from the policy (by a normally distributed number, standard deviation
+`--sampler_noise` nats a token), and has none for one token in a hundred, as where vLLM says NaN. They are made before
+the clock starts, so that the same is timed with either sampler. That includes TRL's forward for the old policy when it
+has generated: with several passes it takes one for its ratios, whoever samples, and with a single one only to correct
+for vLLM.
 """
 
 import copy
@@ -26,6 +35,7 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -38,6 +48,7 @@ from transformers import (
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Qwen2Config,
@@ -46,6 +57,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 from trl import GRPOTrainer, TrlParser
+from trl.trainer import grpo_trainer
 
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from trl_grpo_ext.embedded_policy import embedded_policy_path
@@ -134,6 +146,9 @@ SIDES: dict[str, tuple[type[GRPOTrainer], dict[str, Any]]] = {
 }
 
 
+SAMPLER_MISSING = 0.01  # share of tokens for which the sampler has no log-probability
+
+
 @dataclass
 class BenchArguments:
     """What `bench_update.py` may be asked to change."""
@@ -147,6 +162,20 @@ class BenchArguments:
         default="float32", metadata={"help": "Of weights and computation.", "choices": ["float32", "bfloat16"]}
     )
     repeats: int = field(default=3, metadata={"help": "Generation batches of each trainer; the median counts."})
+    sampler: str = field(
+        default="policy",
+        metadata={
+            "help": "Who has sampled: the policy, or vLLM, which differs a little from it and is corrected for.",
+            "choices": ["policy", "vllm"],
+        },
+    )
+    sampler_noise: float = field(
+        default=0.01,
+        metadata={
+            "help": "By how much vLLM's log-probabilities differ: standard deviation in nats a token. From about 0.03 "
+            "on TRL's default mode masks some rows, which its trainer computes all the same and ours leaves out."
+        },
+    )
     beta: float = field(default=0.0, metadata={"help": "KL coefficient; above 0 a reference model takes part."})
     seed: int = field(default=0, metadata={"help": "Seed of rollouts and weights."})
     output_file: Path | None = field(default=None, metadata={"help": "Where to write the figures as JSON."})
@@ -157,29 +186,43 @@ class BenchArguments:
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ValueError(f"--repeats must be at least 1, got {self.repeats}")
+        if not 0 <= self.sampler_noise < math.inf:
+            raise ValueError(f"--sampler_noise must be a number of nats, 0 or more, got {self.sampler_noise}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU here; leave it out to measure on the CPU")
 
 
 class CannedRollouts:
-    """A `rollout_func` that makes up completions: the same ones for the same seed."""
+    """A `rollout_func` whose completions are made up: the same ones for the same seed.
 
-    def __init__(self, workload: Workload, vocab_size: int, seed: int) -> None:
-        self.workload, self.vocab_size, self.seed = workload, vocab_size, seed
+    Args:
+        workload (`Workload`):
+            How many, and how long.
+        vocab_size (`int`), end (`int`):
+            Tokens are below the first; each completion ends in the second.
+        seed (`int`):
+            Seed of lengths and tokens.
 
-    def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
-        numbers = random.Random(self.seed)
-        end = trainer.processing_class.eos_token_id
+    Attributes:
+        logprobs (`list[list[float | None]]` or `None`):
+            The sampler's, in nats, for each token of each completion; `None` if it is the policy that samples.
+    """
+
+    def __init__(self, workload: Workload, vocab_size: int, end: int, seed: int) -> None:
+        numbers = random.Random(seed)
 
         def ids(length: int) -> list[int]:
-            return [numbers.randrange(300, self.vocab_size) for _ in range(length)]
+            return [numbers.randrange(300, vocab_size) for _ in range(length)]
 
-        prompt_of = {prompt: ids(numbers.randint(*self.workload.prompt_tokens)) for prompt in dict.fromkeys(prompts)}
-        return {
-            "prompt_ids": [prompt_of[prompt] for prompt in prompts],
-            "completion_ids": [ids(self.workload.completion_tokens(numbers) - 1) + [end] for _ in prompts],
-            "logprobs": None,
-        }
+        prompts = [ids(numbers.randint(*workload.prompt_tokens)) for _ in range(workload.num_prompts)]
+        self.prompt_ids = [prompt for prompt in prompts for _ in range(workload.num_generations)]
+        self.completion_ids = [ids(workload.completion_tokens(numbers) - 1) + [end] for _ in self.prompt_ids]
+        self.logprobs: list[list[float | None]] | None = None
+
+    def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
+        if len(prompts) != len(self.prompt_ids):
+            raise ValueError(f"{len(self.prompt_ids)} rollouts are made up, the trainer wants {len(prompts)}")
+        return {"prompt_ids": self.prompt_ids, "completion_ids": self.completion_ids, "logprobs": self.logprobs}
 
 
 class CannedReward:
@@ -197,7 +240,7 @@ class CannedReward:
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds from the first to the last optimizer step's end, and the gradient of the first."""
+    """Seconds of the whole training, and the gradient of its first optimizer step."""
 
     def __init__(self, device: str, keeps_gradient: bool) -> None:
         self.device, self.keeps_gradient = device, keeps_gradient
@@ -239,9 +282,52 @@ def make_model(args: BenchArguments) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
+def make_rollouts(args: BenchArguments, workload: Workload) -> CannedRollouts:
+    """The rollouts of a workload, with the sampler's log-probabilities if it is not the policy."""
+    vocab_size = MODELS[args.model].vocab_size
+    rollouts = CannedRollouts(workload, vocab_size, make_tokenizer().eos_token_id, args.seed)
+    if args.sampler == "vllm":
+        rollouts.logprobs = sampler_logps(args, rollouts)
+    return rollouts
+
+
+def make_tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(embedded_policy_path())
+
+
+def sampler_logps(args: BenchArguments, rollouts: CannedRollouts) -> list[list[float | None]]:
+    """The policy's log-probabilities at the start and noise, as another engine has them; `None` where it has none."""
+    model = make_model(args).to(args.device).eval()
+    numbers = random.Random(args.seed)
+    logprobs = []
+    for prompt, completion in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True):
+        with torch.no_grad():
+            row = torch.tensor([prompt + completion], device=args.device)
+            logits = model(row, use_cache=False, logits_to_keep=len(completion) + 1).logits[0, :-1]
+            policys = -torch.nn.functional.cross_entropy(logits.float(), row[0, len(prompt) :], reduction="none")
+        logprobs.append(
+            [
+                None if numbers.random() < SAMPLER_MISSING else logp + numbers.gauss(0.0, args.sampler_noise)
+                for logp in policys.tolist()
+            ]
+        )
+    return logprobs
+
+
+class NoEngine:
+    """Stands where TRL's trainer has its vLLM: nothing samples with it, and there are no weights to send."""
+
+    def __init__(self, **options: Any) -> None:
+        pass
+
+    def sync_weights(self) -> None:
+        pass
+
+
 def run_update(
     args: BenchArguments,
     workload: Workload,
+    rollouts: CannedRollouts,
     side: str,
     folder: str,
     *,
@@ -250,39 +336,42 @@ def run_update(
 ) -> Measured:
     """Train on one generation batch, from the same weights each time; `max_steps` leaves out later passes."""
     trainer_class, options = SIDES[side]
-    model = make_model(args)
     watch = Stopwatch(args.device, keeps_copies)
-    trainer = trainer_class(
-        model=model,
-        reward_funcs=CannedReward(workload.dead_share),
-        args=GRPOExtConfig(
-            **{
-                "output_dir": folder,
-                "max_steps": max_steps or workload.num_iterations,
-                "per_device_train_batch_size": workload.num_generations,
-                "gradient_accumulation_steps": workload.num_prompts,
-                "num_generations": workload.num_generations,
-                "num_iterations": workload.num_iterations,
-                "max_completion_length": workload.longest_completion,
-                "beta": args.beta,
-                "optim": "sgd",
-                "learning_rate": 1e-3,
-                "lr_scheduler_type": "constant",
-                "max_grad_norm": 1e9,
-                "use_cpu": args.device == "cpu",
-                "bf16": False,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "report_to": "none",
-                "seed": args.seed,
-                **options,
-            }
-        ),
-        train_dataset=Dataset.from_dict({"prompt": [f"prompt {index}" for index in range(64)]}),
-        processing_class=AutoTokenizer.from_pretrained(embedded_policy_path()),
-        rollout_func=CannedRollouts(workload, model.config.vocab_size, args.seed),
-        callbacks=[watch],
-    )
+    # With a rollout function TRL asks its vLLM for nothing but to take the weights: in this way both trainers correct
+    # for one where there is none.
+    with patch.object(grpo_trainer, "VLLMGeneration", NoEngine):
+        trainer = trainer_class(
+            model=make_model(args),
+            reward_funcs=CannedReward(workload.dead_share),
+            args=GRPOExtConfig(
+                **{
+                    "output_dir": folder,
+                    "max_steps": max_steps or workload.num_iterations,
+                    "per_device_train_batch_size": workload.num_generations,
+                    "gradient_accumulation_steps": workload.num_prompts,
+                    "num_generations": workload.num_generations,
+                    "num_iterations": workload.num_iterations,
+                    "max_completion_length": workload.longest_completion,
+                    "beta": args.beta,
+                    "use_vllm": args.sampler == "vllm",
+                    "optim": "sgd",
+                    "learning_rate": 1e-3,
+                    "lr_scheduler_type": "constant",
+                    "max_grad_norm": 1e9,
+                    "use_cpu": args.device == "cpu",
+                    "bf16": False,
+                    "logging_steps": 1,
+                    "save_strategy": "no",
+                    "report_to": "none",
+                    "seed": args.seed,
+                    **options,
+                }
+            ),
+            train_dataset=Dataset.from_dict({"prompt": [f"prompt {index}" for index in range(64)]}),
+            processing_class=make_tokenizer(),
+            rollout_func=rollouts,
+            callbacks=[watch],
+        )
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
     computed: list[int] = []
@@ -320,7 +409,7 @@ def run_limit(args: BenchArguments, measured: Measured, *, checkpointing: bool) 
 def peak_memory(args: BenchArguments, workload_name: str, side: str) -> float:
     """Peak memory in GB of one trainer, in a process of its own."""
     command = [sys.executable, __file__, "--workloads", workload_name, "--memory_of", side]
-    for name in ("model", "device", "dtype", "beta", "seed"):
+    for name in ("model", "device", "dtype", "sampler", "sampler_noise", "beta", "seed"):
         command += [f"--{name}", str(getattr(args, name))]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -337,8 +426,10 @@ def resident_kb(field_name: str) -> int:
 def print_peak_memory(args: BenchArguments) -> None:
     """In GB, of the first pass: on a CPU what is resident beyond imported libraries, on a GPU what is allocated."""
     before = resident_kb("VmRSS")
+    workload = WORKLOADS[args.workloads[0]]
+    rollouts = make_rollouts(args, workload)
     with tempfile.TemporaryDirectory() as folder:
-        run_update(args, WORKLOADS[args.workloads[0]], str(args.memory_of), folder, max_steps=1, keeps_copies=False)
+        run_update(args, workload, rollouts, str(args.memory_of), folder, max_steps=1, keeps_copies=False)
     if args.device == "cuda":
         print(torch.cuda.max_memory_allocated() / 1e9)
     else:
@@ -354,13 +445,14 @@ def relative_difference(found: list[torch.Tensor], expected: list[torch.Tensor])
 def measure(args: BenchArguments, name: str, progress: "tqdm[Any]") -> dict[str, Any]:
     """All figures of a workload."""
     workload = WORKLOADS[name]
+    rollouts = make_rollouts(args, workload)
     seconds: dict[str, list[float]] = {side: [] for side in (*SIDES, "limit", "limit, no checkpointing")}
     last: dict[str, Measured] = {}
     for _ in range(args.repeats):
         for side in SIDES:
             progress.set_postfix_str(f"{name}: {side}")
             with tempfile.TemporaryDirectory() as folder:
-                last[side] = run_update(args, workload, side, folder)
+                last[side] = run_update(args, workload, rollouts, side, folder)
             seconds[side].append(last[side].seconds)
             gc.collect()
             progress.update()
@@ -389,7 +481,7 @@ def print_table(args: BenchArguments, results: dict[str, dict[str, Any]]) -> boo
     tolerance = 1e-4 if args.dtype == "float32" else 5e-2
     table = Table(
         *("workload", "trainer", "seconds", "ratio", "over the limit", "tokens", "peak GB", "of TRL's", "gradient"),
-        title=f"Update of a generation batch, {args.model}, {args.device}, {args.dtype}",
+        title=f"Update of a generation batch, {args.model}, {args.device}, {args.dtype}, sampler: {args.sampler}",
     )
     all_agree = True
     for name, result in results.items():
@@ -428,7 +520,8 @@ def main(argv: list[str]) -> int:
     if args.output_file is not None:
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
         device = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
-        content = {"model": args.model, "device": device, "dtype": args.dtype, "workloads": results}
+        settings = {name: getattr(args, name) for name in ("model", "dtype", "sampler", "sampler_noise")}
+        content = {**settings, "device": device, "workloads": results}
         args.output_file.write_text(json.dumps(content, indent=1) + "\n")
     if not all_agree:
         print("error: the gradients differ, so there is nothing to compare", file=sys.stderr)

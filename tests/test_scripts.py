@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import trl.trainer.grpo_trainer
 import yaml
 from launch import load_script, warm_python
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_grpo_ext.embedded_policy import embedded_policy_path
 
@@ -260,6 +263,43 @@ def test_bench_update_compares_nothing_where_gradients_differ(bench, monkeypatch
     shown = capsys.readouterr()
     assert "gradients" in shown.out
     assert "error: the gradients differ" in shown.err
+
+
+@pytest.mark.parametrize("noise", [0.01, 3.0])
+def test_bench_update_with_vllm(bench, monkeypatch, tmp_path, noise):
+    """Both trainers correct for a sampler that is not the policy, with TRL's defaults; large noise masks rows."""
+    file, metrics = tmp_path / "bench.json", []
+    monkeypatch.setattr(bench.Stopwatch, "on_log", lambda *positional, logs, **named: metrics.append(logs))
+    arguments = ["--workloads", "gsm8k", "--sampler", "vllm", "--sampler_noise", str(noise), "--repeats", "1"]
+    assert bench.main([*arguments, "--output_file", str(file)]) == 0
+    (workload,) = json.loads(file.read_text())["workloads"].values()
+    theirs, ours = workload["trainers"]["trl"], workload["trainers"]["ours"]
+    assert ours["tokens_computed"] < theirs["tokens_computed"]
+    assert max(ours["gradient_difference"], ours["update_difference"]) < 1e-5
+    first = metrics[0]  # TRL's
+    assert 0.5 * noise < first["sampling/sampling_logp_difference/mean"] < 1.5 * noise
+    assert (first["sampling/importance_sampling_ratio/min"] == 0.0) == (noise > 1.0)
+    assert trl.trainer.grpo_trainer.VLLMGeneration is VLLMGeneration  # as it was
+
+
+def test_bench_updates_sampler_is_the_policy_and_noise(bench):
+    args = bench.BenchArguments(sampler="vllm", sampler_noise=0.0, model="small")
+    rollouts = bench.make_rollouts(args, bench.WORKLOADS["gsm8k"])
+    model = bench.make_model(args)
+    for prompt, completion, logprobs in zip(
+        rollouts.prompt_ids, rollouts.completion_ids, rollouts.logprobs, strict=True
+    ):
+        logits = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+        expected = [logits[len(prompt) + place - 1, token].item() for place, token in enumerate(completion)]
+        found = [want if have is None else have for have, want in zip(logprobs, expected, strict=True)]
+        assert found == pytest.approx(expected, abs=1e-5)
+    assert bench.make_rollouts(bench.BenchArguments(), bench.WORKLOADS["gsm8k"]).logprobs is None
+
+
+def test_bench_update_refuses(bench):
+    for noise in ("-1", "nan", "inf"):
+        with pytest.raises(ValueError, match=f"--sampler_noise must be a number of nats, 0 or more, got {noise}"):
+            bench.main(["--sampler_noise", noise])
 
 
 def test_bench_update_measures_memory(bench, capsys):
