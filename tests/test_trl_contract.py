@@ -71,6 +71,7 @@ def trained(tmp_path_factory):
     ("name", "parameters"),
     [
         ("_prepare_inputs", ["self", "generation_batch"]),
+        ("_generate", ["self", "prompts"]),
         ("_generate_and_score_completions", ["self", "inputs"]),
         ("_compute_loss", ["self", "model", "inputs"]),
         ("_save_checkpoint", ["self", "model", "trial"]),

@@ -37,6 +37,7 @@ from .ranks import is_so_anywhere
 # Members of TRL's trainer that mixins override, and call through `super()`.
 SEAMS = (
     "_compute_loss",  # the loss of a micro-batch
+    "_generate",  # completions, from wherever they come
     "_generate_and_score_completions",  # a generation batch: completions, rewards, advantages
     "_get_output_dir",  # where a run's checkpoints lie
     "_get_per_token_logps_and_entropies",  # every forward, of the policy and of the reference
@@ -86,6 +87,12 @@ def takes_old_policy_forward(trainer: GRPOTrainer) -> bool:
 def corrects_sampling(trainer: GRPOTrainer) -> bool:
     """Whether completions are weighed by vLLM's log-probabilities: TRL then needs the old policy's at generation."""
     return bool(trainer.use_vllm and trainer.vllm_importance_sampling_correction)
+
+
+def sampling_logps_of(generated: tuple[Any, ...]) -> list[list[float | None]] | None:
+    """The log-probabilities of whoever sampled, in what `_generate` returns; `None` if they did not come with it."""
+    logps: list[list[float | None]] | None = generated[4]
+    return logps
 
 
 # Whose method it is

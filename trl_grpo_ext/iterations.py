@@ -203,13 +203,16 @@ class MultiIterationMixin(OrderedMixin):
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         reuses = self.model.training and self._reuses_first_pass()
         with compat.without_old_policy_forward(self) if reuses else nullcontext():
-            rows = super()._generate_and_score_completions(inputs)
-        if reuses and compat.corrects_sampling(self) and "sampling_per_token_logps" not in rows:
+            return super()._generate_and_score_completions(inputs)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        generated = super()._generate(*args, **kwargs)
+        if compat.corrects_sampling(self) and compat.sampling_logps_of(generated) is None:
             raise ValueError(
                 "vllm_importance_sampling_correction=True needs the sampler's log-probabilities, and the completions "
                 "came without: let rollout_func return them as 'logprobs', or set it to False"
             )
-        return rows
+        return generated
 
     def _reuses_first_pass(self) -> bool:
         """Whether TRL's forward for the old policy is left out; `_new_rollouts` takes it where it is needed."""
