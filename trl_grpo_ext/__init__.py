@@ -4,7 +4,7 @@
 - [`MultiIterationMixin`], [`GRPOExtTrainer`], [`GRPOExtConfig`]: several passes over one batch of rollouts;
 - [`SharedPrefixMixin`]: an update that computes each prompt once and no padding, with the same gradient;
 - [`WholeCheckpointsMixin`]: checkpoints that are whole or not there, whatever ends a run;
-- [`trl_grpo_ext.objective`]: the clipped objective as pure functions;
+- [`trl_grpo_ext.objective`]: the loss types and the sampler's correction as pure functions;
 - [`trl_grpo_ext.tasks`]: GSM8K, and word problems made from a seed;
 - [`trl_grpo_ext.evaluation`]: strict, flexible and sampled accuracy;
 - [`trl_grpo_ext.embedded_policy`]: a tiny policy for runs without a hub.
