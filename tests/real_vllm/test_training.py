@@ -113,4 +113,8 @@ def test_resume_inside_the_passes(policy, sampler, tmp_path, cut):
     whole = train(OURS, policy, tmp_path / "whole", save_strategy="steps", **options)
     checkpoint = str(tmp_path / "whole" / f"checkpoint-{cut}")
     rest = train(OURS, policy, tmp_path / "rest", resume=checkpoint, **options)
-    assert_same_weights(rest.weights, whole.weights)
+    assert rest.metric("completions/mean_length") == whole.metric("completions/mean_length")
+    if sampler["vllm_mode"] == "colocate":
+        assert_same_weights(rest.weights, whole.weights)
+    else:  # which requests a server computes together depends on when they come: the last bits differ now and then
+        assert relative_difference(rest.weights, whole.weights, whole.start) < NEAR
