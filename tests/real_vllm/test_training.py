@@ -91,6 +91,18 @@ def test_corrections_that_bite(policy, engine, sampler_is_behind, tmp_path, mode
         assert (min(lowest), max(highest)) == pytest.approx((0.8, 1.1))
 
 
+def test_a_correction_costs_no_tokens(policy, engine, tmp_path):
+    """Half of the groups carry no gradient, and the first pass tells the log-probabilities under the old policy."""
+
+    def tokens(classes, **options):
+        run = train(classes, policy, tmp_path, num_iterations=4, **engine, **options)
+        return sum(forward.tokens for forward in run.forwards)
+
+    corrected = tokens(OURS, shared_prefix="on")
+    assert corrected == tokens(OURS, shared_prefix="on", vllm_importance_sampling_correction=False)
+    assert 2 * corrected < tokens(THEIRS)
+
+
 def test_kl_stop(policy, sampler, tmp_path, monkeypatch):
     """The passes left are made with completions that the policy of that moment has sampled, for the same prompts."""
     generations = note_generations(monkeypatch)
