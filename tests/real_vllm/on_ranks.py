@@ -4,7 +4,6 @@ Each process leaves in `rank-N.json` what it ran on and how far the two were apa
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -41,5 +40,4 @@ def main(settings) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("RANK", "0")
     run_as_rank(main, json.loads(Path(sys.argv[1]).read_text()))

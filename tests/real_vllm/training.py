@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import trl.generation.vllm_generation as generation
 import vllm_on_cpu  # noqa: F401 - before a model is loaded
-from canned import ExactGradNorms, Run, whole_weights
+from canned import ExactGradNorms, Forward, Run, note_forwards, whole_weights
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -98,12 +98,14 @@ def train(classes, policy, output_dir, *, resume=None, **options) -> Run:
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         callbacks=[norms],
     )
+    forwards: list[Forward] = []
+    note_forwards(trainer, forwards)
     start = whole_weights(trainer.model)
     torch.manual_seed(0)  # colocated, vLLM samples from torch's generator
     trainer.train(resume_from_checkpoint=resume)
     if options["vllm_mode"] == "server" and trainer.accelerator.is_main_process:
         trainer.vllm_generation.vllm_client.close_communicator()
-    return Run(trainer, start, whole_weights(trainer.model), trainer.state.log_history, [], norms.values)
+    return Run(trainer, start, whole_weights(trainer.model), trainer.state.log_history, forwards, norms.values)
 
 
 def note_generations(monkeypatch) -> list[tuple[list[list[int]], list[list[int]]]]:
