@@ -260,6 +260,13 @@ def test_where_a_ratio_counts_as_clipped():
         output = cispo(ratio.log(), torch.zeros(1, 3), advantages.flatten(), torch.ones(1, 3), num_tokens=3)
         assert output.is_high_clipped.tolist() == [high]
         assert not output.is_low_clipped.any()
+    # on the sequence level a token can still have an advantage of its own
+    cispo = ClippedObjective(0.2, 1.2, loss_type="cispo", level="sequence")
+    output = cispo(
+        torch.full((1, 2), 0.5), torch.zeros(1, 2), torch.tensor([[1.0, -1.0]]), torch.ones(1, 2), num_tokens=2
+    )
+    assert output.is_high_clipped.tolist() == [[True, False]]
+    assert output.is_low_clipped.tolist() == [[False, False]]
     for loss_type in ("sapo", "vespo"):
         objective = ClippedObjective(0.2, 0.2, loss_type=loss_type)
         output = objective(ratio.log(), torch.zeros(1, 3), up.flatten(), torch.ones(1, 3), num_tokens=3)

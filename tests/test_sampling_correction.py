@@ -1,6 +1,7 @@
 """vLLM's importance sampling correction, from made-up log-probabilities of a sampler: TRL's gradient, with less work.
 
-Tokens without a log-probability are among them, and bounds of the weights that bite. A real vLLM is in `tests/vllm`.
+Tokens without a log-probability are among them, and bounds of the weights that bite. A real vLLM is in
+`tests/real_vllm`.
 """
 
 import itertools
@@ -220,6 +221,7 @@ def test_rows_without_weight_are_left_out_once_they_are_known(policy, start, tmp
     known, live = int((has_advantage & has_weight).sum()), int(has_advantage.sum())
     assert 4 <= known <= live - 4  # not vacuous
     assert second == known
+    assert ours.metric("update/rows_without_weight") == [live - known]
     assert first == live if accumulation == 4 else known < first < live
 
 
@@ -330,6 +332,65 @@ def test_completions_without_log_probabilities(policy, tmp_path):
     with pytest.raises(ValueError, match="let rollout_func return them as 'logprobs'"):
         run(GRPOExtTrainer, policy, tmp_path, noise=None)
     run(GRPOExtTrainer, policy, tmp_path, noise=None, vllm_importance_sampling_correction=False, max_steps=1)
+
+
+class ToPlain(TrainerCallback):
+    """The correction is turned off after a step."""
+
+    def __init__(self, at_step):
+        self.at_step, self.trainer = at_step, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at_step:
+            self.trainer.vllm_importance_sampling_correction = False
+
+
+@pytest.mark.parametrize("at_step", [1, 2])
+def test_a_correction_that_is_turned_off(policy, start, tmp_path, at_step):
+    """Where weights are truncated no row is missing for it."""
+    change = ToPlain(at_step)
+
+    def changing(base):
+        class Changing(base):
+            def train(self, *args, **kwargs):
+                change.trainer = self
+                return super().train(*args, **kwargs)
+
+        return Changing
+
+    options = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4, "kinds": ("live",)}
+    options |= {"vllm_importance_sampling_mode": "token_truncate", "callbacks": [change]}
+    expected = run(changing(GRPOTrainer), policy, tmp_path / "theirs", **options)
+    ours = run(changing(PaddedTrainer), policy, tmp_path / "ours", **options)
+    assert ours.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5, abs=1e-7)
+    assert relative_difference(ours.weights, expected.weights, start) < 1e-5
+
+
+def without_old_policy(rows):
+    del rows["old_per_token_logps"], rows["sampling_per_token_logps"]
+
+
+def with_halved_weights(rows):
+    del rows["old_per_token_logps"]
+    rows["importance_sampling_ratio"] = rows["importance_sampling_ratio"] / 2
+
+
+@pytest.mark.parametrize("change", [without_old_policy, with_halved_weights])
+def test_weights_that_a_subclass_leaves_or_makes_stay(policy, start, tmp_path, change):
+    def changing(base):
+        class Changing(base):
+            def _generate_and_score_completions(self, inputs):
+                rows = super()._generate_and_score_completions(inputs)
+                change(rows)
+                return rows
+
+        return Changing
+
+    options = {"gradient_accumulation_steps": 2, "steps_per_generation": 2, "max_steps": 3}
+    expected = run(changing(GRPOTrainer), policy, tmp_path / "theirs", **options)
+    ours = run(changing(PaddedTrainer), policy, tmp_path / "ours", **options)
+    assert ours.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5, abs=1e-7)
+    assert relative_difference(ours.weights, expected.weights, start) < 1e-5
 
 
 # Losses that are not computed here

@@ -344,6 +344,27 @@ def test_a_decorator_around_our_own_method_is_not_ours(policy, start, tmp_path):
     assert_same_training(actual, expected, start)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("get_off_policy_mask", {"off_policy_mask_threshold": 1e-4, "loss_type": "grpo"}),
+        ("get_gamma_weights", {"loss_type": "vespo"}),
+    ],
+)
+def test_a_part_of_the_loss_of_ones_own(policy, start, tmp_path, name, options):  # noqa: F811
+    """Static methods that TRL's loss calls."""
+
+    def ones(advantages, **kwargs):
+        return torch.ones_like(advantages)
+
+    classes = [type("Own", (base,), {name: staticmethod(ones)}) for base in (GRPOTrainer, GRPOExtTrainer)]
+    options = {**SCHEDULE, **options}
+    expected, actual = (run(cls, policy, tmp_path / str(n), **options) for n, cls in enumerate(classes))
+    assert_same_training(actual, expected, start)
+    plain = run(GRPOTrainer, policy, tmp_path / "plain", **options)
+    assert plain.exact_grad_norms != pytest.approx(expected.exact_grad_norms, rel=1e-3)
+
+
 class SetAttributes(TrainerCallback):
     """As a schedule of a setting does it: from some step on the trainer has another one."""
 

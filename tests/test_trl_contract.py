@@ -3,6 +3,7 @@
 import functools
 import inspect
 import random
+from inspect import unwrap
 
 import numpy
 import pytest
@@ -193,6 +194,29 @@ def test_whose_method_it_is(name, monkeypatch):
 
     monkeypatch.setattr(GRPOTrainer, name, replacement)
     assert f"in place of GRPOTrainer.{name}" in compat.foreign_override(trainers[GRPOExtTrainer], name)
+
+
+def test_parts_of_the_loss(monkeypatch):
+    """Functions that TRL's loss calls are TRL's, or the loss is not known here."""
+    called = set(unwrap(GRPOTrainer._compute_loss).__code__.co_names) & vars(GRPOTrainer).keys()
+    # the one for `top_entropy_quantile` is not called where the loss is computed here
+    assert called == {*compat.PARTS_OF_THE_LOSS, "get_high_entropy_mask", compat.FORWARD}
+    trainer = object.__new__(GRPOExtTrainer)
+    assert compat.foreign_part_of_the_loss(trainer) is None
+    for name in compat.PARTS_OF_THE_LOSS:
+        other = staticmethod(functools.wraps(getattr(GRPOTrainer, name))(lambda **kwargs: kwargs["advantages"]))
+        assert compat.foreign_part_of_the_loss(object.__new__(type("Other", (GRPOExtTrainer,), {name: other}))) == name
+        setattr(trainer, name, print_nothing)
+        assert compat.foreign_part_of_the_loss(trainer) == name
+        delattr(trainer, name)
+        with monkeypatch.context() as patched:
+            patched.setattr(GRPOTrainer, name, other)
+            assert compat.foreign_part_of_the_loss(trainer) == name
+    assert compat.foreign_part_of_the_loss(trainer) is None
+
+
+def print_nothing(**kwargs):
+    pass
 
 
 def set_in_nested_config(model):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from datetime import timedelta
 from functools import cache
-from inspect import unwrap
+from inspect import getattr_static, unwrap
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -51,7 +51,7 @@ SEAMS = (
 )
 
 FORWARD = "_get_per_token_logps_and_entropies"
-_TRL_FOLDER, _OWN_FOLDER = Path(trl.__file__).parent, Path(__file__).parent
+_TRL_FOLDER, _OWN_FOLDER, _TORCH_FOLDER = (Path(file).parent for file in (trl.__file__, __file__, torch.__file__))
 
 
 def step(trainer: GRPOTrainer) -> int:
@@ -123,6 +123,23 @@ def foreign_override(trainer: GRPOTrainer, name: str) -> str | None:
             return None if is_trls else f"a function put in place of GRPOTrainer.{name}"
         if method is not None and not _comes_from(method, _OWN_FOLDER, f"{cls.__name__}.{name}"):
             return f"{cls.__name__}.{name}"
+    return None
+
+
+# Static methods that TRL's loss calls; a trainer may have its own.
+PARTS_OF_THE_LOSS = ("get_gamma_weights", "get_off_policy_mask")
+
+
+def foreign_part_of_the_loss(trainer: GRPOTrainer) -> str | None:
+    """Which of the `PARTS_OF_THE_LOSS` is not TRL's own, in a subclass, on the object or put in its place."""
+    for name in PARTS_OF_THE_LOSS:
+        method = getattr_static(trainer, name)
+        function = getattr(method, "__func__", method)
+        wrapped = getattr(function, "__wrapped__", None)
+        if wrapped is not None and Path(function.__code__.co_filename).is_relative_to(_TORCH_FOLDER):
+            function = wrapped  # of `torch.no_grad()`
+        if not _comes_from(function, _TRL_FOLDER, f"GRPOTrainer.{name}"):
+            return name
     return None
 
 
@@ -377,7 +394,8 @@ def without_old_policy_forward(trainer: GRPOTrainer) -> Iterator[None]:
     """Within it TRL's forward for the old policy, the first that it asks for when it generates, yields `None`s.
 
     Only that one: those of rollout functions, rewards and subclasses are made. Nor does TRL then weigh completions by
-    these log-probabilities.
+    these log-probabilities: from that forward on, while rewards are computed, the trainer says that it corrects for
+    none.
     """
     of_trl = unwrap(GRPOTrainer._generate_and_score_completions).__code__
     is_awaited, corrects = True, trainer.vllm_importance_sampling_correction
@@ -394,7 +412,8 @@ def without_old_policy_forward(trainer: GRPOTrainer) -> Iterator[None]:
         with _replaced_forward(trainer, skip_the_first):
             yield
     finally:
-        trainer.vllm_importance_sampling_correction = corrects
+        if not is_awaited:
+            trainer.vllm_importance_sampling_correction = corrects
 
 
 @contextmanager

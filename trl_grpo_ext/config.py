@@ -30,8 +30,8 @@ class GRPOExtConfig(GRPOConfig):
             Leave out completions that carry no gradient (zero advantage, no token that counts, or masked out by
             vLLM's importance sampling correction, once that is known), and spread the others evenly over the
             micro-batches of their optimizer step. Loss and gradient are the same. Applies to TRL's own loss with every
-            `loss_type` but bnpo, and `beta=0`. Clip ratios count the completions left out, as TRL does; the entropy
-            and the `sampling/...` metrics are those of the others.
+            `loss_type` but bnpo, and `beta=0`. Clip ratios count the completions left out, as TRL does, but for those
+            that are masked out; the entropy and the metrics of sampler and VESPO's weights are those of the others.
         save_rollouts (`bool`, *optional*, defaults to `True`):
             Keep the rollouts in checkpoints, so that a run stopped between two passes ends where it would have.
         reshuffle_iterations (`bool`, *optional*, defaults to `False`):

@@ -271,7 +271,8 @@ def evaluate(
             Weights that are shared out are gathered for that time.
         vllm (`VLLMGeneration`, *optional*):
             The `vllm_generation` of a trainer with `use_vllm=True`: it is brought the policy's weights, and generates
-            in place of the policy. A server's samples do not depend on `seed`.
+            in place of the policy. A server's samples do not depend on `seed`. TRL merges a LoRA adapter for that and
+            takes it out again, which leaves rounding in the weights, as it does whenever training generates.
         description (`str` or `None`, *optional*, defaults to `"Evaluating"`):
             Label of the progress bar; `None` shows none.
 

@@ -55,8 +55,9 @@ class MultiIterationMixin(OrderedMixin):
       sampling correction gives the weight 0 the passes that follow the one in which that is found;
     - reports each pass by itself: `iteration/{k}/approx_kl` (KL from the old to the new policy, nats a token),
       `iteration/{k}/clip_ratio`, `iteration/{k}/clip_ratio_low`, `iteration/{k}/clip_ratio_high` (shares of tokens),
-      `iteration/{k}/ratio_max`, with k from 1, all over the completions that carry a gradient;
-      `rollouts/iterations_used`, and `update/rows_skipped` of a generation batch on this process;
+      `iteration/{k}/ratio_max`, with k from 1, all over the completions that carry a gradient (sapo and vespo have
+      nothing to clip); `rollouts/iterations_used`; and of a generation batch on this process `update/rows_skipped`
+      and, once that is known, `update/rows_without_weight`;
     - reports TRL's own metrics of the loss (clip ratios, KL, entropy) once an optimizer step, weighed by tokens. The
       clip ratios are TRL's, whose denominators count completions without an advantage that were left out too; the
       entropy is that of the completions that were computed;
@@ -113,6 +114,8 @@ class MultiIterationMixin(OrderedMixin):
             compat.set_buffered_micro_batches(self, None)
         if rollouts is not None and step % self.args.steps_per_generation == 0 and rollouts.iteration(step) > 1:
             self._leave_out_rows_without_weight(rollouts)
+            if rollouts.iteration(step) == 2 and rollouts.skips_rows_without_weight:
+                compat.append_metric(self, "update/rows_without_weight", float(rollouts.num_without_weight))
             if extension_setting(self.args, "reshuffle_iterations") and rollouts.has_only_text:
                 rollouts.shuffle(self._window_within_rollouts() or 1, by_prompt=self._arranges_by_prompt(rollouts))
         inputs = super()._prepare_inputs(generation_batch)
@@ -128,7 +131,7 @@ class MultiIterationMixin(OrderedMixin):
     def _goes_on_with(self, rollouts: RolloutBuffer) -> bool:
         """Whether rows that were dealt out for the loss as it was may be passed over with the loss as it is."""
         misses_rows = rollouts.skips_rows and self.beta != 0.0
-        misses_rows |= rollouts.skips_rows_without_weight and not self._multiplies_weights()
+        misses_rows |= rollouts.skips_rows_without_weight and not self._zero_weight_is_no_gradient()
         if not rollouts.is_arranged or (self._may_move_rows(rollouts) and not misses_rows):
             return True
         logger.warning(
@@ -151,7 +154,7 @@ class MultiIterationMixin(OrderedMixin):
                 window,
                 skip_zero_advantage=skips,
                 by_prompt=by_prompt,
-                skip_zero_weight=self._multiplies_weights(),
+                skip_zero_weight=self._zero_weight_is_no_gradient(),
             )
             compat.append_metric(self, "update/rows_skipped", float(rollouts.num_skipped))
         if compat.takes_old_policy_forward(self):
@@ -167,12 +170,18 @@ class MultiIterationMixin(OrderedMixin):
 
     def _leave_out_rows_without_weight(self, rollouts: RolloutBuffer) -> None:
         window = self._window_within_rollouts()
-        if rollouts.skips_rows and window is not None and self._multiplies_weights() and self._may_move_rows(rollouts):
+        if (
+            rollouts.skips_rows
+            and window is not None
+            and self._zero_weight_is_no_gradient()
+            and self._may_move_rows(rollouts)
+        ):
             rollouts.leave_out_rows_without_weight(window, by_prompt=self._arranges_by_prompt(rollouts))
 
-    def _multiplies_weights(self) -> bool:
-        """Whether the sampler's weights multiply the loss, so that a row without weight has no gradient."""
-        return compat.corrects_sampling(self) and self._surrogate() != "vespo"  # which bounds them
+    def _zero_weight_is_no_gradient(self) -> bool:
+        """Whether the sampler's correction gives rows the weight 0, and these then have no gradient."""
+        masks = compat.corrects_sampling(self) and self.vllm_importance_sampling_mode.endswith("mask")
+        return masks and self._surrogate() != "vespo"  # VESPO bounds the weights that it is given
 
     def _may_move_rows(self, rollouts: RolloutBuffer) -> bool:
         """Whether the loss is the same however the rows of an optimizer step are dealt out to micro-batches."""
@@ -231,9 +240,9 @@ class MultiIterationMixin(OrderedMixin):
     def _keep_old_logps(self, rollouts: RolloutBuffer, index: int, per_token_logps: torch.Tensor) -> None:
         """Keep the old policy's log-probabilities of a micro-batch, and what they say about a sampler that differs."""
         rollouts.set_old_logps(index, per_token_logps)
-        if not compat.corrects_sampling(self):
-            return
         rows = rollouts[index]
+        if not compat.corrects_sampling(self) or "importance_sampling_ratio" in rows:
+            return  # weights that came with the rows stay
         weights = self._sampling_weights(rows, rows["old_per_token_logps"])
         rollouts.set_weights(index, weights)
         logps = rows["old_per_token_logps"], rows["sampling_per_token_logps"]
@@ -264,6 +273,8 @@ class MultiIterationMixin(OrderedMixin):
     def _foreign_loss(self) -> str | None:
         """Whose the loss is, where it is another one than the one known here."""
         reason = self._overridden_loss()
+        if reason is None and (part := compat.foreign_part_of_the_loss(self)):
+            reason = f"TRL's, with another {part}"
         if reason is None and (options := compat.unknown_loss_options(self)):
             reason = f"TRL's, with {', '.join(options)}"
         return reason
@@ -362,21 +373,23 @@ class MultiIterationMixin(OrderedMixin):
 
     def _objective(self) -> ClippedObjective:
         """By the settings as they are now: callbacks change some."""
-        of_some_loss_types = (
-            *("sapo_temperature_pos", "sapo_temperature_neg"),
-            *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
-        )
+        args = self.args
         return ClippedObjective(
             epsilon_low=self.epsilon_low,
             epsilon_high=self.epsilon_high,
-            delta=self.args.delta,
+            delta=args.delta,
             beta=self.beta,
-            correct_kl=self.args.use_bias_correction_kl,
+            correct_kl=args.use_bias_correction_kl,
             level=self.importance_sampling_level,
             loss_type=self.loss_type,
             max_completion_length=self.max_completion_length,
             off_policy_threshold=self.off_policy_mask_threshold,
-            **{name: getattr(self.args, name) for name in of_some_loss_types},
+            sapo_temperature_pos=args.sapo_temperature_pos,
+            sapo_temperature_neg=args.sapo_temperature_neg,
+            vespo_k_pos=args.vespo_k_pos,
+            vespo_lambda_pos=args.vespo_lambda_pos,
+            vespo_k_neg=args.vespo_k_neg,
+            vespo_lambda_neg=args.vespo_lambda_neg,
         )
 
     def _is_live(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -384,8 +397,9 @@ class MultiIterationMixin(OrderedMixin):
         if self.beta != 0.0:
             return loss_mask(inputs).bool().any(dim=1)
         is_live = carries_gradient(inputs)
-        is_weighed = self._overridden_loss() is None and self._multiplies_weights()
-        return is_live & has_weight(inputs) if is_weighed else is_live
+        if self._zero_weight_is_no_gradient() and self._overridden_loss() is None:
+            is_live = is_live & has_weight(inputs)
+        return is_live
 
     # What follows a micro-batch
 
@@ -444,7 +458,8 @@ class MultiIterationMixin(OrderedMixin):
         metrics.update(self._sampling_statistics.report(gather))
         for name, value in metrics.items():
             compat.append_metric(self, name, value)
-        if metrics.get("iteration/1/clip_ratio") == 0.0 and not self._has_explained_zeros:
+        has_no_loss = self._surrogate() == "clipped" and not compat.corrects_sampling(self)
+        if metrics.get("iteration/1/clip_ratio") == 0.0 and has_no_loss and not self._has_explained_zeros:
             self._has_explained_zeros = True
             logger.warning(
                 "clip_ratio is 0 on the first pass over a batch of rollouts, and so is the loss without a KL term: "

@@ -148,11 +148,11 @@ def objective_statistics(
         output.is_low_clipped,
         output.is_high_clipped,
         is_live,
-        entropies,
-        output.per_token_kl,
-        left_out,
-        is_placeholder,
-        output.gamma,
+        entropies=entropies,
+        per_token_kl=output.per_token_kl,
+        left_out=left_out,
+        is_placeholder=is_placeholder,
+        gamma=output.gamma,
     )
 
 
@@ -216,6 +216,12 @@ class Statistics:
         return metrics
 
 
+# Of the differences of log-probabilities, in tokens that count and have one, and of the weights, in tokens or in rows.
+# Of the smallest weight the negative is kept, so that there are sums and largest values alone.
+SAMPLING_SUMS = ("difference", "differences", "weight", "weights")
+SAMPLING_LARGEST = ("difference_max", "weight_max", "negative_weight_max")
+
+
 @torch.no_grad()
 def sampling_statistics(
     old_per_token_logps: torch.Tensor,
@@ -238,8 +244,7 @@ def sampling_statistics(
 
     Returns:
         `torch.Tensor`:
-            Of the differences' absolute values, without tokens for which the sampler gave NaN: sum, number, largest.
-            Of the weights, of tokens or of rows: sum, number, largest, and the smallest with its sign turned. `(7,)`.
+            `SAMPLING_SUMS` and `SAMPLING_LARGEST`, `(7,)`.
     """
     counts = mask.bool()
     difference = (old_per_token_logps - sampling_per_token_logps).abs().float()
@@ -248,17 +253,16 @@ def sampling_statistics(
     of_rows = torch.full_like(weights, not is_placeholder, dtype=torch.bool)
     is_weight = counts if weights.size(1) == counts.size(1) else of_rows
 
-    def sum_and_number(values: torch.Tensor, chosen: torch.Tensor) -> list[torch.Tensor]:
-        return [values.masked_fill(~chosen, 0.0).sum(), chosen.sum()]
-
     def largest(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         return values.masked_fill(~chosen, -torch.inf).amax()
 
     return torch.stack(
         [
-            *sum_and_number(difference, is_known),
+            difference.masked_fill(~is_known, 0.0).sum(),
+            is_known.sum(),
+            weights.masked_fill(~is_weight, 0.0).sum(),
+            is_weight.sum(),
             largest(difference, is_known),
-            *sum_and_number(weights, is_weight),
             largest(weights, is_weight),
             largest(-weights, is_weight),
         ]
@@ -281,19 +285,22 @@ class SamplingStatistics:
         """
         if not self._pending:
             return {}
-        seen = torch.stack(self._pending)
+        pending = torch.stack(self._pending)
         self._pending.clear()
-        sums, largest = seen.sum(0), seen.amax(0)
-        total = torch.stack([sums[0], sums[1], largest[2], sums[3], sums[4], largest[5], largest[6]])
-        processes = gather(total.unsqueeze(0)).cpu()
+        sums, largest = pending.split([len(SAMPLING_SUMS), len(SAMPLING_LARGEST)], dim=1)
+        processes = gather(torch.cat([sums.sum(0), largest.amax(0)]).unsqueeze(0)).cpu()
+        of = dict(zip(SAMPLING_SUMS + SAMPLING_LARGEST, processes.T, strict=True))
+
+        def mean(total: str, number: str) -> float:
+            has_seen = of[number] > 0
+            return (of[total][has_seen] / of[number][has_seen]).mean().item()
+
         metrics = {}
-        seen = processes[processes[:, 1] > 0]
-        if len(seen):
-            metrics["sampling/sampling_logp_difference/mean"] = (seen[:, 0] / seen[:, 1]).mean().item()
-            metrics["sampling/sampling_logp_difference/max"] = seen[:, 2].max().item()
-        seen = processes[processes[:, 4] > 0]
-        if len(seen):
-            metrics["sampling/importance_sampling_ratio/min"] = -seen[:, 6].max().item()
-            metrics["sampling/importance_sampling_ratio/mean"] = (seen[:, 3] / seen[:, 4]).mean().item()
-            metrics["sampling/importance_sampling_ratio/max"] = seen[:, 5].max().item()
+        if of["differences"].any():
+            metrics["sampling/sampling_logp_difference/mean"] = mean("difference", "differences")
+            metrics["sampling/sampling_logp_difference/max"] = of["difference_max"].max().item()
+        if of["weights"].any():
+            metrics["sampling/importance_sampling_ratio/min"] = -of["negative_weight_max"].max().item()
+            metrics["sampling/importance_sampling_ratio/mean"] = mean("weight", "weights")
+            metrics["sampling/importance_sampling_ratio/max"] = of["weight_max"].max().item()
         return metrics

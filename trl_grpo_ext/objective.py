@@ -193,17 +193,18 @@ def gamma_weights(
         k_pos (`float`), lambda_pos (`float`), k_neg (`float`), lambda_neg (`float`):
             Shape of the weighting for advantages from 0, and below.
         weights (`torch.Tensor`, *optional*):
-            [`sampling_weights`] of the tokens, `(B, C)`, by which `w` is relative to the sampler.
+            [`sampling_weights`] of the tokens, `(B, C)`, by which `w` is relative to the sampler. Those of padding do
+            not count; in TRL they do where 1 is not within the bounds of the weights.
     """
-    highest = _HIGHEST_LOG_WEIGHT
-    log_weight = (log_ratio.clamp(-highest, highest) * mask).sum(-1, keepdim=True)
+    log_weight = (log_ratio.clamp(-_HIGHEST_LOG_WEIGHT, _HIGHEST_LOG_WEIGHT) * mask).sum(-1, keepdim=True)
     if weights is not None:
-        log_weight = log_weight + (weights.log().clamp(_LOWEST_LOG_WEIGHT, highest) * mask).sum(-1, keepdim=True)
-    log_weight = log_weight.clamp(_LOWEST_LOG_WEIGHT, highest)
+        of_sampler = weights.log().clamp(_LOWEST_LOG_WEIGHT, _HIGHEST_LOG_WEIGHT)
+        log_weight = log_weight + (of_sampler * mask).sum(-1, keepdim=True)
+    log_weight = log_weight.clamp(_LOWEST_LOG_WEIGHT, _HIGHEST_LOG_WEIGHT)
     is_good = advantages >= 0
     k = torch.full_like(advantages, k_neg).masked_fill(is_good, k_pos)
-    scale = torch.full_like(advantages, lambda_neg).masked_fill(is_good, lambda_pos).clamp(min=1e-4)
-    gamma = torch.exp(scale + k * log_weight - scale * log_weight.exp())
+    lambda_ = torch.full_like(advantages, lambda_neg).masked_fill(is_good, lambda_pos).clamp(min=1e-4)
+    gamma = torch.exp(lambda_ + k * log_weight - lambda_ * log_weight.exp())
     return gamma.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -281,7 +282,7 @@ def clipped_places(
     """Where the ratio is beyond its bounds below and above; nowhere for a surrogate of a loss type without bounds."""
     if surrogate == "clipped":
         return clip_binds(ratio, advantages, epsilon_low, epsilon_high)
-    nowhere = torch.zeros_like(ratio, dtype=torch.bool)
+    nowhere = torch.zeros_like(ratio * advantages, dtype=torch.bool)
     return nowhere, (ratio > epsilon_high) & (advantages > 0) if surrogate == "cispo" else nowhere
 
 
@@ -466,7 +467,7 @@ class ClippedObjective:
             surrogate = surrogate * off_policy_mask(
                 per_token_logps, sampled, advantages, mask, self.off_policy_threshold
             )
-        if weights is not None and gamma is None:  # which has them
+        if weights is not None and gamma is None:  # gamma has them already
             surrogate = surrogate * weights
         per_token_loss, per_token_kl = -surrogate, None
         if self.beta:

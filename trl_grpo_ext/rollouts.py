@@ -103,8 +103,13 @@ class RolloutBuffer(Sequence[MicroBatch]):
 
     @property
     def num_skipped(self) -> int:
-        """Rows that are left out."""
-        return sum(left_out.rows + left_out.rows_without_weight for left_out in self._left_out.values())
+        """Rows that are left out for want of an advantage or a token that counts."""
+        return sum(left_out.rows for left_out in self._left_out.values())
+
+    @property
+    def num_without_weight(self) -> int:
+        """Other rows, which are left out for want of a weight."""
+        return sum(left_out.rows_without_weight for left_out in self._left_out.values())
 
     @property
     def skips_rows(self) -> bool:
@@ -171,18 +176,14 @@ class RolloutBuffer(Sequence[MicroBatch]):
                 )
             self._deal(rows, is_kept.nonzero().flatten(), targets, by_prompt)
 
-    def leave_out_rows_without_weight(self, window: int, *, by_prompt: bool) -> int:
+    def leave_out_rows_without_weight(self, window: int, *, by_prompt: bool) -> None:
         """Leave out the rows of which no token has a weight, now that weights are known of some optimizer steps more.
 
         Args:
             window (`int`), by_prompt (`bool`):
                 As in [`~RolloutBuffer.arrange`], which has left out those without a gradient.
-
-        Returns:
-            `int`:
-                How many have been left out.
         """
-        self.skips_rows_without_weight, num_left_out = True, 0
+        self.skips_rows_without_weight = True
         for start in range(0, len(self), window):
             targets = range(start, min(start + window, len(self)))
             full = [self._micro_batches[index] for index in targets if index not in self._empty]
@@ -195,8 +196,6 @@ class RolloutBuffer(Sequence[MicroBatch]):
                 before = self.left_out(start)
                 self._left_out[start] = replace(before, rows_without_weight=before.rows_without_weight + count)
                 self._deal(rows, is_kept.nonzero().flatten(), targets, by_prompt)
-                num_left_out += count
-        return num_left_out
 
     def shuffle(self, window: int, *, by_prompt: bool) -> None:
         """Deal all rows out to the optimizer steps anew, at random (torch's generator on the CPU).
