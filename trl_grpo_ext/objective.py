@@ -550,7 +550,7 @@ class ObjectiveOutput:
 
     @property
     def metrics(self) -> dict[str, torch.Tensor]:
-        """Means over the tokens that count (over rows on the sequence level), under TRL's names."""
+        """Means over the tokens that count (over rows on the sequence level), under TRL's names of a clipped loss."""
 
         def mean(values: torch.Tensor) -> torch.Tensor:
             if values.size(1) == 1:
