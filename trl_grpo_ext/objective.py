@@ -41,7 +41,7 @@ class LossType:
 LOSS_TYPES = {
     # DeepSeekMath, https://huggingface.co/papers/2402.03300, equation 3
     "grpo": LossType("clipped", "mean_of_means"),
-    # BNPO, https://huggingface.co/papers/2506.02864, in TRL the mean over the tokens of a micro-batch
+    # TRL's own name for the mean over the tokens of a micro-batch
     "bnpo": LossType("clipped", "tokens"),
     # Dr. GRPO, https://huggingface.co/papers/2503.20783
     "dr_grpo": LossType("clipped", "longest"),
@@ -49,7 +49,7 @@ LOSS_TYPES = {
     "dapo": LossType("clipped", "step_tokens"),
     # Length-unbiased sequence policy optimization, https://huggingface.co/papers/2602.05261
     "luspo": LossType("clipped", "mean_of_sums"),
-    # MiniMax-M1, https://huggingface.co/papers/2506.13585, equation 4
+    # MiniMax-M1, https://huggingface.co/papers/2506.13585
     "cispo": LossType("cispo", "step_tokens"),
     # Soft adaptive policy optimization, https://huggingface.co/papers/2511.20347
     "sapo": LossType("sapo", "mean_of_means"),
@@ -218,8 +218,9 @@ def sampling_weights(
 ) -> torch.Tensor:
     """What a sampler's completions weigh, because it computes other probabilities than the policy that it runs.
 
-    The probability under the old policy over that under the sampler, bounded: truncated or masked importance sampling
-    (https://fengyao.notion.site/off-policy-rl, https://yingru.notion.site/sequence-level-rl), as TRL has them.
+    The probability under the old policy over that under the sampler, bounded: truncated importance sampling
+    (https://fengyao.notion.site/off-policy-rl), or masked (Liu, Li et al., "When speed kills stability", 2025), as TRL
+    has them.
 
     Args:
         old_per_token_logps (`torch.Tensor`), sampling_per_token_logps (`torch.Tensor`):
