@@ -194,6 +194,8 @@ def test_a_token_without_log_probability_weighs_1():
     assert sampling_weights(old, sampled, mask, "token_truncate", None, 3.0).tolist() == [pytest.approx([2, 1, 1])]
     assert sampling_weights(old, sampled, mask, "sequence_mask", None, 3.0).tolist() == [pytest.approx([2])]
     assert sampling_weights(old, sampled, mask, "sequence_mask", None, 1.9).tolist() == [[0.0]]
+    # a weight at a bound is not beyond it
+    assert sampling_weights(old, old, mask, "token_mask", 1.0, 1.0).tolist() == [[1.0, 1.0, 1.0]]
     nothing = torch.full_like(old, torch.nan)
     assert sampling_weights(old, nothing, mask, "token_mask", 0.5, 2.0).tolist() == [[1.0, 1.0, 1.0]]
 
@@ -207,6 +209,8 @@ def test_off_policy_mask():
     assert off_policy_mask(logps, sampled, advantages, mask, 0.4).flatten().tolist() == [0, 1, 1, 1, 0]
     assert off_policy_mask(logps, sampled, advantages, mask, 0.2).flatten().tolist() == [0, 1, 0, 1, 0]
     assert off_policy_mask(logps, sampled, advantages, mask, 0.5).flatten().tolist() == [1, 1, 1, 1, 1]
+    none = torch.zeros(1, 1)  # not a bad one
+    assert off_policy_mask(logps[:1], sampled[:1], none, mask[:1], 0.4).item() == 1
     of_tokens = torch.tensor([[-1.0, 1.0]])
     assert off_policy_mask(logps[:1], sampled[:1], of_tokens, mask[:1], 0.4).tolist() == [[0, 1]]
 

@@ -256,7 +256,7 @@ def off_policy_mask(
     mask: torch.Tensor,
     threshold: float,
 ) -> torch.Tensor:
-    """1 for the completions to be kept, 0 for bad ones that the policy has moved away from; `(B, 1)` or `(B, C)`.
+    """Which completions are kept: not bad ones that the policy has moved away from; booleans, `(B, 1)` or `(B, C)`.
 
     DeepSeek-V3.2 (https://huggingface.co/papers/2512.02556), equation 9: those with a negative advantage whose
     log-probability under the policy has fallen by more than `threshold` nats a token since they were sampled. Tokens
@@ -264,7 +264,7 @@ def off_policy_mask(
     """
     fallen = (sampling_per_token_logps - per_token_logps.detach()).nan_to_num(nan=0.0)
     mean = (fallen * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1.0)
-    return ((advantages >= 0) | (mean <= threshold)).to(mask.dtype)
+    return (advantages >= 0) | (mean <= threshold)
 
 
 def clip_binds(
