@@ -7,8 +7,8 @@ jumps when the most frequent way of solving a problem changes; the accuracy of s
 distribution moved.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from . import compat
 from .rewards.correctness import is_reference_number
 from .rewards.extract import extract_last_number, extract_tagged_answer
 from .rewards.references import reference_to_text
+from .shared_prefix.probe import undisturbed
 
 
 if TYPE_CHECKING:
@@ -199,19 +200,6 @@ def _bring_to(device: torch.device, model: nn.Module) -> None:
         model.to(device)
 
 
-@contextmanager
-def _undisturbed(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Evaluation mode and random numbers of its own: training goes on as if there had been no evaluation."""
-    was_training = model.training
-    with compat.generators_restored(model.device):
-        set_seed(seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(was_training)
-
-
 def check_problems(dataset: "Dataset") -> None:
     """Raise `ValueError` unless a data set has problems, each with a prompt and an answer to compare with."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "column_names"):
@@ -297,15 +285,14 @@ def evaluate(
         _bring_to(accelerator.device, model)
     seed_offset = process_index
     if vllm is not None:
-        unwrapped = nullcontext(model)
         seed_offset //= vllm.tensor_parallel_size  # processes that share a copy of the model share its samples
         with torch.no_grad():
             vllm.sync_weights()  # training does it when it next generates
-    else:
-        unwrapped = nullcontext(model) if accelerator is None else unwrap_model_for_generation(model, accelerator)
+    generates_itself = vllm is None and accelerator is not None
+    unwrapped = unwrap_model_for_generation(model, accelerator) if generates_itself else nullcontext(model)
     with (
         unwrapped as policy,
-        _undisturbed(policy, seed + seed_offset),
+        undisturbed(policy, next(policy.parameters()).device),  # training goes on as if there had been no evaluation
         tqdm(
             total=len(share) * len(runs),
             desc=description,
@@ -313,6 +300,7 @@ def evaluate(
             disable=process_index != 0 or description is None,
         ) as progress,
     ):
+        set_seed(seed + seed_offset)
         if vllm is not None:
             generate = partial(_texts_from_vllm, vllm)
         else:

@@ -56,6 +56,19 @@ LOSS_TYPES = {
     # Variational sequence-level soft policy optimization, https://huggingface.co/papers/2602.10693
     "vespo": LossType("vespo", "step_tokens"),
 }
+
+
+def loss_type_of(name: str) -> LossType:
+    """One of [`LOSS_TYPES`].
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name not in LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {name!r}")
+    return LOSS_TYPES[name]
+
+
 SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
@@ -358,9 +371,7 @@ def aggregate(
     Raises:
         ValueError: If the loss type is another, or lacks what it needs.
     """
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
-    normalizer = LOSS_TYPES[loss_type].normalizer
+    normalizer = loss_type_of(loss_type).normalizer
     num_rows = mask.size(0) if num_rows is None else num_rows
     summed = (per_token_loss * mask).sum(-1)
     if normalizer == "mean_of_means":
@@ -424,8 +435,7 @@ class ClippedObjective:
     vespo_lambda_neg: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
+        loss_type_of(self.loss_type)
 
     def __call__(
         self,
