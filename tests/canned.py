@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from unittest.mock import patch
 
+import pytest
 import torch
 from datasets import Dataset
 from tiny import tiny_tokenizer
@@ -95,9 +96,10 @@ def canned_prompts(kinds=KINDS, num_prompts: int = 64) -> Dataset:
 
 def canned_config(output_dir, config_class=GRPOConfig, **options):
     """fp32, and plain SGD without a gradient clip, which hides no wrong scale."""
-    return config_class(
+    return short_run_config(
+        output_dir,
+        config_class,
         **{
-            "output_dir": str(output_dir),
             "max_steps": 4,
             "per_device_train_batch_size": ROWS,
             "num_generations": NUM_GENERATIONS,
@@ -106,15 +108,8 @@ def canned_config(output_dir, config_class=GRPOConfig, **options):
             "learning_rate": 0.2,
             "lr_scheduler_type": "constant",
             "max_grad_norm": 1e9,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
             **options,
-        }
+        },
     )
 
 
@@ -173,6 +168,29 @@ class ExactGradNorms(TrainerCallback):
         squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
         if squares:
             self.values.append(torch.stack(squares).sum().sqrt().item())
+
+
+class SetAttributes(TrainerCallback):
+    """As a schedule of a setting does it: from some step on the trainer has another one."""
+
+    def __init__(self, at_step, **values):
+        self.at_step, self.values, self.trainer = at_step, values, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at_step:
+            for name, value in self.values.items():
+                setattr(self.trainer, name, value)
+
+    def of(self, trainer_class):
+        """A trainer whose settings these are."""
+        callback = self
+
+        class Changing(trainer_class):
+            def train(self, *args, **kwargs):
+                callback.trainer = self
+                return super().train(*args, **kwargs)
+
+        return Changing
 
 
 def train_canned(
@@ -244,6 +262,13 @@ def assert_same_weights(weights, expected):
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         assert weight.equal(expected[name]), name
+
+
+def assert_same_training(actual, expected, start):
+    """The same gradients at each step and the same weights, within what fp32 leaves; and gradients that are not 0."""
+    assert actual.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5, abs=1e-7)
+    assert relative_difference(actual.weights, expected.weights, start) < 1e-5
+    assert max(expected.exact_grad_norms) > 1e-3
 
 
 def relative_difference(weights, other, start) -> float:

@@ -7,20 +7,15 @@ Tokens without a log-probability are among them, and bounds of the weights that 
 import itertools
 
 import pytest
-import torch
-from canned import ROWS, canned_config, relative_difference, train_canned
+from canned import ROWS, SetAttributes, assert_same_training, canned_config, train_canned
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from test_iterations import PaddedTrainer, start  # noqa: F401 (a fixture)
+from test_iterations import check_parity as check_parity_of_runs
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext.config import GRPOExtConfig
-from trl_grpo_ext.iterations import MultiIterationMixin
 from trl_grpo_ext.rollouts import FOLDER, rollout_files
 from trl_grpo_ext.trainer import GRPOExtTrainer
-
-
-class PaddedTrainer(MultiIterationMixin, GRPOTrainer):
-    """Without packing: a forward's rows are those of the micro-batch."""
 
 
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -96,19 +91,8 @@ def run(trainer_class, policy, output_dir, config_class=GRPOConfig, noise=0.3, r
     return train_canned(trainer_class, args, policy, sampler_noise=noise, resume=resume, **passed)
 
 
-@pytest.fixture(scope="module")
-def start(policy):
-    return AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).state_dict()
-
-
-def check_parity(policy, start, tmp_path, ours, **options):
-    expected = run(GRPOTrainer, policy, tmp_path / "theirs", **options)
-    actual = run(ours, policy, tmp_path / "ours", **options)
-    assert len(actual.exact_grad_norms) == options["max_steps"]
-    assert 4 * sum(norm > 1e-3 for norm in expected.exact_grad_norms) >= len(expected.exact_grad_norms)
-    assert actual.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5, abs=1e-7)
-    assert relative_difference(actual.weights, expected.weights, start) < 1e-5
-    return expected, actual
+def check_parity(policy, start, tmp_path, ours, **options):  # noqa: F811
+    return check_parity_of_runs(policy, start, tmp_path, ours=ours, run=run, **options)
 
 
 def test_all_pairs_are_among_the_rows():
@@ -124,7 +108,7 @@ def test_all_pairs_are_among_the_rows():
         for number, row in enumerate(pairwise_rows())
     ],
 )
-def test_trls_gradient(policy, start, tmp_path, row):
+def test_trls_gradient(policy, start, tmp_path, row):  # noqa: F811
     row = dict(row)
     mu, accumulation, per_generation = row.pop("schedule")
     expected, ours = check_parity(
@@ -206,7 +190,7 @@ def test_the_correction_costs_no_tokens(policy, tmp_path):
 
 
 @pytest.mark.parametrize("accumulation", [4, 2])
-def test_rows_without_weight_are_left_out_once_they_are_known(policy, start, tmp_path, accumulation):
+def test_rows_without_weight_are_left_out_once_they_are_known(policy, start, tmp_path, accumulation):  # noqa: F811
     """Of the first optimizer step after the first pass, of the others before it."""
     options = {
         "num_iterations": 2,
@@ -245,7 +229,7 @@ def what_rollouts_have(policy, tmp_path, options):
     return seen[0]
 
 
-def test_vespo_bounds_weights_of_0(policy, start, tmp_path):
+def test_vespo_bounds_weights_of_0(policy, start, tmp_path):  # noqa: F811
     """There they leave a gradient, so that no row is left out for them."""
     options = {
         "loss_type": "vespo",
@@ -261,21 +245,10 @@ def test_vespo_bounds_weights_of_0(policy, start, tmp_path):
 
 
 def test_a_loss_that_wants_rows_without_weight_gets_fresh_ones(policy, tmp_path, caplog):
-    class ToVespo(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                self.trainer.loss_type = "vespo"
-
-    change = ToVespo()
-
-    class Changing(PaddedTrainer):
-        def train(self, *args, **kwargs):
-            change.trainer = self
-            return super().train(*args, **kwargs)
-
+    change = SetAttributes(2, loss_type="vespo")
     options = {"num_iterations": 4, "max_steps": 4, "kinds": ("live",), "vllm_importance_sampling_mode": "token_mask"}
     options |= {"vllm_importance_sampling_clip_min": 0.99, "vllm_importance_sampling_clip_max": 1.01}
-    changed = run(Changing, policy, tmp_path, callbacks=[change], **options)
+    changed = run(change.of(PaddedTrainer), policy, tmp_path, callbacks=[change], **options)
     assert caplog.text.count("going on with fresh ones") == 1
     assert changed.trainer.rollout_func.num_calls == 2
 
@@ -334,36 +307,15 @@ def test_completions_without_log_probabilities(policy, tmp_path):
     run(GRPOExtTrainer, policy, tmp_path, noise=None, vllm_importance_sampling_correction=False, max_steps=1)
 
 
-class ToPlain(TrainerCallback):
-    """The correction is turned off after a step."""
-
-    def __init__(self, at_step):
-        self.at_step, self.trainer = at_step, None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.at_step:
-            self.trainer.vllm_importance_sampling_correction = False
-
-
 @pytest.mark.parametrize("at_step", [1, 2])
-def test_a_correction_that_is_turned_off(policy, start, tmp_path, at_step):
+def test_a_correction_that_is_turned_off(policy, start, tmp_path, at_step):  # noqa: F811
     """Where weights are truncated no row is missing for it."""
-    change = ToPlain(at_step)
-
-    def changing(base):
-        class Changing(base):
-            def train(self, *args, **kwargs):
-                change.trainer = self
-                return super().train(*args, **kwargs)
-
-        return Changing
-
+    change = SetAttributes(at_step, vllm_importance_sampling_correction=False)
     options = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4, "kinds": ("live",)}
     options |= {"vllm_importance_sampling_mode": "token_truncate", "callbacks": [change]}
-    expected = run(changing(GRPOTrainer), policy, tmp_path / "theirs", **options)
-    ours = run(changing(PaddedTrainer), policy, tmp_path / "ours", **options)
-    assert ours.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5, abs=1e-7)
-    assert relative_difference(ours.weights, expected.weights, start) < 1e-5
+    expected = run(change.of(GRPOTrainer), policy, tmp_path / "theirs", **options)
+    ours = run(change.of(PaddedTrainer), policy, tmp_path / "ours", **options)
+    assert_same_training(ours, expected, start)
 
 
 def without_old_policy(rows):
@@ -376,7 +328,7 @@ def with_halved_weights(rows):
 
 
 @pytest.mark.parametrize("change", [without_old_policy, with_halved_weights])
-def test_weights_that_a_subclass_leaves_or_makes_stay(policy, start, tmp_path, change):
+def test_weights_that_a_subclass_leaves_or_makes_stay(policy, start, tmp_path, change):  # noqa: F811
     def changing(base):
         class Changing(base):
             def _generate_and_score_completions(self, inputs):
@@ -389,21 +341,20 @@ def test_weights_that_a_subclass_leaves_or_makes_stay(policy, start, tmp_path, c
     options = {"gradient_accumulation_steps": 2, "steps_per_generation": 2, "max_steps": 3}
     expected = run(changing(GRPOTrainer), policy, tmp_path / "theirs", **options)
     ours = run(changing(PaddedTrainer), policy, tmp_path / "ours", **options)
-    assert ours.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5, abs=1e-7)
-    assert relative_difference(ours.weights, expected.weights, start) < 1e-5
+    assert_same_training(ours, expected, start)
 
 
 # Losses that are not computed here
 
 
 @pytest.mark.parametrize("options", [{"entropy_coef": 0.01}, {"top_entropy_quantile": 0.5}], ids=str)
-def test_what_trl_computes_gets_trls_forward(policy, start, tmp_path, options):
+def test_what_trl_computes_gets_trls_forward(policy, start, tmp_path, options):  # noqa: F811
     schedule = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4}
     expected, ours = check_parity(policy, start, tmp_path, PaddedTrainer, **schedule, **options)
     assert rows_without_gradient(ours) == rows_without_gradient(expected) == 2 * [ROWS]
 
 
-def test_rows_that_only_trl_knows_get_their_weights(policy, start, tmp_path, monkeypatch):
+def test_rows_that_only_trl_knows_get_their_weights(policy, start, tmp_path, monkeypatch):  # noqa: F811
     """As where there are images: that TRL computes the loss shows once the rows are there."""
 
     class NotText(PaddedTrainer):

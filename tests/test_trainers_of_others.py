@@ -7,7 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from canned import CannedRollouts, canned_config, canned_prompts, canned_reward, relative_difference, train_canned
+from canned import (
+    CannedRollouts,
+    SetAttributes,
+    assert_same_training,
+    canned_config,
+    canned_prompts,
+    canned_reward,
+    train_canned,
+)
 from test_iterations import PaddedTrainer, run, start  # noqa: F401 (a fixture)
 from tiny import tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
@@ -24,12 +32,6 @@ from trl_grpo_ext.trainer import GRPOExtTrainer
 
 # Several passes of two optimizer steps: rows can be dealt out, and the old policy's log-probabilities matter.
 SCHEDULE = {"num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "max_steps": 4}
-
-
-def assert_same_training(actual, expected, start):  # noqa: F811
-    assert actual.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5, abs=1e-7)
-    assert relative_difference(actual.weights, expected.weights, start) < 1e-5
-    assert max(expected.exact_grad_norms) > 1e-3
 
 
 def half_squared(self, model, inputs):
@@ -365,30 +367,12 @@ def test_a_part_of_the_loss_of_ones_own(policy, start, tmp_path, name, options):
     assert plain.exact_grad_norms != pytest.approx(expected.exact_grad_norms, rel=1e-3)
 
 
-class SetAttributes(TrainerCallback):
-    """As a schedule of a setting does it: from some step on the trainer has another one."""
-
-    def __init__(self, at_step, **values):
-        self.at_step, self.values, self.trainer = at_step, values, None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.at_step:
-            for name, value in self.values.items():
-                setattr(self.trainer, name, value)
-
-
 @pytest.mark.parametrize("values", [{"loss_type": "bnpo"}, {"top_entropy_quantile": 0.5}], ids=str)
 def test_a_loss_that_changes_between_passes_gets_fresh_rows(policy, tmp_path, caplog, values):
     """Rows that were left out for the old loss are missing for the new one."""
     change = SetAttributes(2, **values)
-
-    class Changing(PaddedTrainer):
-        def train(self, *args, **kwargs):
-            change.trainer = self
-            return super().train(*args, **kwargs)
-
     options = {"num_iterations": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 2, "max_steps": 4}
-    changed = run(Changing, policy, tmp_path, callbacks=[change], loss_type="grpo", **options)
+    changed = run(change.of(PaddedTrainer), policy, tmp_path, callbacks=[change], loss_type="grpo", **options)
     assert caplog.text.count("going on with fresh ones") == 1
     assert changed.trainer.rollout_func.num_calls == 2
     assert [forward.rows for forward in changed.forwards if forward.has_gradient][4:] == [8] * 4

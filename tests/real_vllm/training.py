@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import trl.generation.vllm_generation as generation
 import vllm_on_cpu  # noqa: F401 - before a model is loaded
-from canned import ExactGradNorms, Forward, Run, note_forwards, whole_weights
+from canned import ExactGradNorms, Forward, Run, canned_config, note_forwards, whole_weights
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -56,29 +56,18 @@ def reward(prompts, completion_ids, **kwargs):
 
 
 def config_of(config_class, output_dir, **options):
-    """fp32, and plain SGD without a gradient clip, with steps that change what is sampled."""
-    return config_class(
+    """As in the other tests, with longer completions and steps that change what is sampled."""
+    return canned_config(
+        output_dir,
+        config_class,
         **{
-            "output_dir": str(output_dir),
             "use_vllm": True,
             "max_steps": 8,
-            "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 2,
-            "num_generations": 4,
             "max_completion_length": 24,
-            "optim": "sgd",
             "learning_rate": 0.05,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 1e9,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
             **options,
-        }
+        },
     )
 
 
