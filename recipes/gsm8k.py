@@ -346,7 +346,6 @@ def main(argv: list[str]) -> None:
         (Path(training_args.output_dir) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print_summary(summary)
     trainer.accelerator.wait_for_everyone()  # a process that is gone early can leave another one waiting
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ from hypothesis import settings
 _HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ["HF_HOME"] = _HF_HOME.name
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What processes that tests start leave in the folder for temporary files: torchrun its folder, vLLM its sockets.
+_TMPDIR = tempfile.TemporaryDirectory(prefix="trl-grpo-ext-", ignore_cleanup_errors=True)
+os.environ["TMPDIR"] = _TMPDIR.name
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 # One thread each, because there are as many processes as cores.
@@ -21,6 +24,7 @@ settings.load_profile("default")
 
 def pytest_unconfigure() -> None:
     _HF_HOME.cleanup()
+    _TMPDIR.cleanup()
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def warm_python() -> tuple[str, ...]:
         @atexit.register
         def end() -> None:
             server.communicate()
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
         os.environ[warm.SOCKET] = ENVIRONMENT[warm.SOCKET] = f"{folder}/socket"
     return (sys.executable, warm.__file__)
@@ -78,9 +78,14 @@ def run_canned(
 
 def run_to_the_end(command: Sequence[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run a command from the checkout, to which DeepSpeed's own files are named relative."""
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT, env=ENVIRONMENT
-    )
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT, env=ENVIRONMENT
+        )
+    except subprocess.TimeoutExpired as expired:
+        # the end of it has the stacks of the processes, see warm.py
+        said = (expired.stderr or b"").decode(errors="replace")[-20_000:]
+        pytest.fail(f"not done in {timeout} s: {command}. On the error stream:\n{said}")
 
 
 def load_script(file: Path) -> ModuleType:

@@ -139,7 +139,6 @@ def main(settings: dict[str, Any], callbacks: Sequence[TrainerCallback] = ()) ->
     for settings_of_run in settings.get("runs", [settings]):
         run = train(settings_of_run, callbacks)
         run.trainer.accelerator.wait_for_everyone()  # a rank that is gone early can leave the other one waiting
-    run.trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

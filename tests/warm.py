@@ -12,6 +12,7 @@ input does. What it imports must not look at a program's environment yet.
 
 import contextlib
 import ctypes
+import faulthandler
 import importlib
 import json
 import os
@@ -27,6 +28,7 @@ from pathlib import Path
 SOCKET = "WARM_SOCKET"  # the environment variable that says where the server listens
 NAMESPACES = ("user", "net")
 SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_UNTIL_STACKS = 240  # a program that runs for so long says where it is, before its test gives it up
 # What the programs import that are started here.
 MODULES = (
     "accelerate.commands.accelerate_cli",
@@ -149,6 +151,7 @@ def become(request, descriptors):
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    faulthandler.dump_traceback_later(SECONDS_UNTIL_STACKS)
     os.getppid = lambda: request["parent"]  # a rank asks for its launcher
     sys.stdout.reconfigure(line_buffering=True)
     program = request["program"]

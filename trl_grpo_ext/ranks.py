@@ -56,7 +56,8 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
       the end of its report; so the launcher can end the others, which may be waiting in a collective call. A process
       that has only lost the connection to another one leaves it the time to be seen first;
     - a finished process ends without deallocating its process group: that waits for gloo's threads, while they may be
-      waiting for Python's lock, which the deallocating thread holds. Now and then such a process never ended.
+      waiting for Python's lock, which the deallocating thread holds. Now and then such a process never ended. So
+      `main` does not destroy the group either, as `Trainer.end` and `Accelerator.end_training` do.
 
     Args:
         main (`Callable`):

@@ -36,7 +36,6 @@ def main(settings) -> None:
     }
     (folder / f"rank-{accelerator.process_index}.json").write_text(json.dumps(found))
     accelerator.wait_for_everyone()  # a rank that is gone early can leave the other one waiting
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
