@@ -12,14 +12,16 @@ from accelerate.utils import is_deepspeed_available
 from trl import TrlParser
 from yaml import YAMLError
 
+from .objective import LOSS_TYPES, SAMPLING_MODES
+
 
 # What TRL looks at in the first step only.
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "loss_type": tuple(LOSS_TYPES),
     "scale_rewards": ("group", "batch", "none", True, False),
     "importance_sampling_level": ("token", "sequence"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "vllm_importance_sampling_mode": SAMPLING_MODES,
 }
 
 

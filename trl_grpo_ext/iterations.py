@@ -113,9 +113,10 @@ class MultiIterationMixin(OrderedMixin):
             rollouts = None
             compat.set_buffered_micro_batches(self, None)
         if rollouts is not None and step % self.args.steps_per_generation == 0 and rollouts.iteration(step) > 1:
-            self._leave_out_rows_without_weight(rollouts)
-            if rollouts.iteration(step) == 2 and rollouts.skips_rows_without_weight:
-                compat.append_metric(self, "update/rows_without_weight", float(rollouts.num_without_weight))
+            if rollouts.iteration(step) == 2:  # the first pass has told the weights of all rows
+                self._leave_out_rows_without_weight(rollouts)
+                if rollouts.skips_rows_without_weight:
+                    compat.append_metric(self, "update/rows_without_weight", float(rollouts.num_without_weight))
             if extension_setting(self.args, "reshuffle_iterations") and rollouts.has_only_text:
                 rollouts.shuffle(self._window_within_rollouts() or 1, by_prompt=self._arranges_by_prompt(rollouts))
         inputs = super()._prepare_inputs(generation_batch)

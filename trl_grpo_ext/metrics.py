@@ -95,8 +95,7 @@ def micro_batch_statistics(
     log_ratio = log_ratio.float()
     clipped = [values.float() for values in (is_low_clipped, is_high_clipped, is_low_clipped | is_high_clipped)]
     on_tokens = is_low_clipped.size(1) == mask.size(1)
-    of_rows = torch.full_like(mask[:, :1], 0.0 if is_placeholder else 1.0)
-    weight = mask if on_tokens else of_rows
+    weight = _units(is_low_clipped, mask, is_placeholder)
     has_share = weight.any(dim=1)
     shares = [(values * weight).sum(-1) / weight.sum(-1) for values in clipped[:2]]
     left_out_shares = left_out.rows_with_tokens if on_tokens else left_out.rows
@@ -106,7 +105,7 @@ def micro_batch_statistics(
     zero = mask.new_zeros(())
     gamma_sum = gamma_units = zero
     if gamma is not None:
-        gamma_weight = mask if gamma.size(1) == mask.size(1) else of_rows
+        gamma_weight = _units(gamma, mask, is_placeholder)
         gamma_sum, gamma_units = (gamma.float() * gamma_weight).sum(), gamma_weight.sum()
     return torch.stack(
         [
@@ -125,6 +124,11 @@ def micro_batch_statistics(
             high_share_max.clamp(min=0.0) if left_out_shares else high_share_max,
         ]
     )
+
+
+def _units(values: torch.Tensor, mask: torch.Tensor, is_placeholder: bool) -> torch.Tensor:
+    """What values are counted over, in the mask's type: tokens that count, `(B, C)`, or rows, `(B, 1)`."""
+    return mask if values.size(1) == mask.size(1) else torch.full_like(mask[:, :1], not is_placeholder)
 
 
 def nothing_seen(device: torch.device) -> torch.Tensor:
@@ -250,8 +254,7 @@ def sampling_statistics(
     difference = (old_per_token_logps - sampling_per_token_logps).abs().float()
     is_known = counts & ~difference.isnan()
     weights = weights.float()
-    of_rows = torch.full_like(weights, not is_placeholder, dtype=torch.bool)
-    is_weight = counts if weights.size(1) == counts.size(1) else of_rows
+    is_weight = _units(weights, counts, is_placeholder)
 
     def largest(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         return values.masked_fill(~chosen, -torch.inf).amax()
