@@ -94,6 +94,15 @@ def canned_prompts(kinds=KINDS, num_prompts: int = 64) -> Dataset:
     return Dataset.from_dict({"prompt": [f"{kinds[n % len(kinds)]} {n}" for n in range(num_prompts)]})
 
 
+def schedule_options(mu, accumulation, per_generation):
+    """Passes over a batch of rollouts, and micro-batches of an optimizer step and of a generation."""
+    return {
+        "num_iterations": mu,
+        "gradient_accumulation_steps": accumulation,
+        "steps_per_generation": per_generation,
+    }
+
+
 def canned_config(output_dir, config_class=GRPOConfig, **options):
     """fp32, and plain SGD without a gradient clip, which hides no wrong scale."""
     return short_run_config(

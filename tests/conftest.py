@@ -5,13 +5,13 @@ import pytest
 from hypothesis import settings
 
 
-# No test needs a network: whatever would ask the hub fails at once. Caches go where they are removed at the end.
-_HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
-os.environ["HF_HOME"] = _HF_HOME.name
-os.environ["HF_HUB_OFFLINE"] = "1"
-# What processes that tests start leave in the folder for temporary files: torchrun its folder, vLLM its sockets.
+# Removed at the end: caches, and what processes that tests start leave behind (torchrun its folder, vLLM its sockets).
 _TMPDIR = tempfile.TemporaryDirectory(prefix="trl-grpo-ext-", ignore_cleanup_errors=True)
 os.environ["TMPDIR"] = _TMPDIR.name
+os.environ["HF_HOME"] = f"{_TMPDIR.name}/hf-home"
+
+# No test needs a network: whatever would ask the hub fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 # One thread each, because there are as many processes as cores.
@@ -23,7 +23,6 @@ settings.load_profile("default")
 
 
 def pytest_unconfigure() -> None:
-    _HF_HOME.cleanup()
     _TMPDIR.cleanup()
 
 

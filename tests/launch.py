@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,11 +76,19 @@ def run_canned(
     return run_to_the_end([*(launcher or warm_python()), *write_settings(folder, name, **settings)])
 
 
-def run_to_the_end(command: Sequence[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run a command from the checkout, to which DeepSpeed's own files are named relative."""
+def run_to_the_end(
+    command: Sequence[str],
+    timeout: float = 300,
+    folder: Path | None = ROOT,
+    environment: Mapping[str, str] = ENVIRONMENT,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command; from the checkout, to which DeepSpeed's own files are named relative, or from another folder.
+
+    `None` is the folder in which the tests are run.
+    """
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT, env=ENVIRONMENT
+            command, capture_output=True, text=True, timeout=timeout, check=False, cwd=folder, env=environment
         )
     except subprocess.TimeoutExpired as expired:
         # the end of it has the stacks of the processes, see warm.py

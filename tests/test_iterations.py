@@ -5,7 +5,15 @@ import math
 
 import pytest
 import torch
-from canned import ROWS, assert_same_training, canned_config, canned_prompts, relative_difference, train_canned
+from canned import (
+    ROWS,
+    assert_same_training,
+    canned_config,
+    canned_prompts,
+    relative_difference,
+    schedule_options,
+    train_canned,
+)
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
@@ -78,7 +86,7 @@ def check_parity(policy, start, tmp_path, *, theirs=GRPOTrainer, ours=GRPOExtTra
     ],
 )
 def test_every_loss_has_trls_gradient(policy, start, tmp_path, number, loss_type, level, beta):
-    mu, accumulation, per_generation = ((2, 1, 1), (2, 2, 4), (4, 2, 2), (2, 4, 2))[number % 4]
+    schedule = ((2, 1, 1), (2, 2, 4), (4, 2, 2), (2, 4, 2))[number % 4]
     check_parity(
         policy,
         start,
@@ -87,10 +95,8 @@ def test_every_loss_has_trls_gradient(policy, start, tmp_path, number, loss_type
         loss_type=loss_type,
         importance_sampling_level=level,
         beta=beta,
-        num_iterations=mu,
-        gradient_accumulation_steps=accumulation,
-        steps_per_generation=per_generation,
-        max_steps=steps_of_two_generations(mu, accumulation, per_generation),
+        max_steps=steps_of_two_generations(*schedule),
+        **schedule_options(*schedule),
     )
 
 
@@ -108,17 +114,14 @@ def test_every_loss_has_trls_gradient(policy, start, tmp_path, number, loss_type
     ids=str,
 )
 def test_every_schedule_has_trls_gradient(policy, start, tmp_path, number, schedule, loss_type):
-    mu, accumulation, per_generation = schedule
     check_parity(
         policy,
         start,
         tmp_path,
         ours=(GRPOExtTrainer, PaddedTrainer)[number // 6 % 2],
         loss_type=loss_type,
-        num_iterations=mu,
-        gradient_accumulation_steps=accumulation,
-        steps_per_generation=per_generation,
         max_steps=steps_of_two_generations(*schedule),
+        **schedule_options(*schedule),
         **FEATURES[number % len(FEATURES)],
     )
 
@@ -155,9 +158,7 @@ def forwards(run, for_gradient):
 def test_old_policy_forwards(policy, tmp_path, schedule, extra_rows):
     mu, accumulation, per_generation = schedule
     options = {
-        "num_iterations": mu,
-        "gradient_accumulation_steps": accumulation,
-        "steps_per_generation": per_generation,
+        **schedule_options(*schedule),
         "max_steps": mu * per_generation // accumulation or 1,
         "skip_zero_advantage": False,
     }

@@ -46,7 +46,7 @@ def made_up(seed, on_tokens, dead_rows=(1,), empty_rows=(3,)):
     return rows
 
 
-def statistics_of(rows, left_out=None, is_placeholder=False):
+def statistics_of(rows, left_out=None, is_placeholder=False, gamma=None):
     tensors = {name: torch.tensor(values) for name, values in rows.items()}
     return micro_batch_statistics(
         tensors["mask"],
@@ -58,6 +58,7 @@ def statistics_of(rows, left_out=None, is_placeholder=False):
         tensors["kl"],
         left_out,
         is_placeholder,
+        gamma,
     )
 
 
@@ -165,20 +166,9 @@ def test_metrics_are_weighed_by_tokens():
 
 def test_each_surrogate_has_its_metrics():
     """TRL's names: of what is clipped on both sides, above, or not at all; and VESPO's weights, over rows."""
-    rows = made_up(1, False)
-    tensors = {name: torch.tensor(values) for name, values in rows.items()}
+    rows, left_out = made_up(1, False), LeftOut(3, 2, 9)
     gamma = torch.linspace(0.1, 0.5, ROWS).unsqueeze(1)
-    vector = micro_batch_statistics(
-        tensors["mask"],
-        tensors["log_ratio"],
-        tensors["low"],
-        tensors["high"],
-        tensors["live"],
-        tensors["entropies"],
-        left_out=LeftOut(3, 2, 9),
-        gamma=gamma,
-    )
-    statistics = Statistics(vector.unsqueeze(0))
+    statistics = Statistics(statistics_of(rows, left_out, gamma=gamma).unsqueeze(0))
     clipped, cispo, sapo, vespo = (
         statistics.of_trl(surrogate, with_reference=False) for surrogate in ("clipped", "cispo", "sapo", "vespo")
     )
@@ -188,10 +178,10 @@ def test_each_surrogate_has_its_metrics():
     assert cispo["cispo_clip_ratio"] == clipped["clip_ratio/high_mean"] > 0
     assert vespo.keys() - sapo.keys() == {"vespo/phi_seq_mean"}
     assert vespo["vespo/phi_seq_mean"] == pytest.approx(0.3)  # of rows that were left out none is known
-    of_tokens = {"gamma": torch.rand(ROWS, COLUMNS), "left_out": LeftOut(3, 2, 9)}
-    places = [tensors[name] for name in ("mask", "log_ratio", "low", "high", "live")]
-    of_tokens_mean = Statistics(micro_batch_statistics(*places, **of_tokens).unsqueeze(0)).of_trl("vespo", False)
-    expected = of_tokens["gamma"][tensors["mask"].bool()].mean().item()
+    gamma_of_tokens = torch.rand(ROWS, COLUMNS)
+    of_tokens = Statistics(statistics_of(rows, left_out, gamma=gamma_of_tokens).unsqueeze(0))
+    of_tokens_mean = of_tokens.of_trl("vespo", with_reference=False)
+    expected = gamma_of_tokens[torch.tensor(rows["mask"]).bool()].mean().item()
     assert of_tokens_mean["vespo/phi_seq_mean"] == pytest.approx(expected, rel=1e-5)
     for surrogate, is_clipped in (("clipped", True), ("cispo", True), ("sapo", False), ("vespo", False)):
         assert ("clip_ratio" in statistics.of_iteration(surrogate)) == is_clipped

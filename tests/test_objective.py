@@ -89,6 +89,13 @@ def num_tokens_of(loss_type):
     return 11.0 if loss_type in ("dapo", "cispo", "vespo") else None
 
 
+def assert_same_loss_and_gradient(loss, expected, logps):
+    (gradient,) = torch.autograd.grad(loss, logps)
+    (expected_gradient,) = torch.autograd.grad(expected, logps)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10, abs=1e-14)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize(
     ("loss_type", "level", "beta", "correct_kl", "delta"),
     list(itertools.product(tuple(LOSS_TYPES), ("token", "sequence"), (0.0, 0.04), (False, True), (None, 1.35))),
@@ -100,7 +107,6 @@ def test_against_loops(rows, columns, loss_type, level, beta, correct_kl, delta)
         logps, old, reference, advantages, mask = random_inputs(rows, columns, seed)
         objective = ClippedObjective(**settings, level=level, loss_type=loss_type, max_completion_length=columns + 2)
         output = objective(logps, old, advantages, mask, reference, num_tokens=num_tokens_of(loss_type))
-        (gradient,) = torch.autograd.grad(output.loss, logps)
         expected = grpo_objective(
             logps,
             old,
@@ -113,9 +119,7 @@ def test_against_loops(rows, columns, loss_type, level, beta, correct_kl, delta)
             max_completion_length=columns + 2,
             num_tokens=11.0,
         )
-        (expected_gradient,) = torch.autograd.grad(expected, logps)
-        assert output.loss.item() == pytest.approx(expected.item(), rel=1e-10, abs=1e-14)
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-14)
+        assert_same_loss_and_gradient(output.loss, expected, logps)
 
 
 def test_first_pass():
@@ -237,7 +241,6 @@ def test_the_sampler_against_loops(loss_type, mode, level):
             sampling_per_token_logps=sampled,
             num_tokens=num_tokens_of(loss_type),
         )
-        (gradient,) = torch.autograd.grad(output.loss, logps)
         expected = grpo_objective(
             logps,
             old,
@@ -250,9 +253,7 @@ def test_the_sampler_against_loops(loss_type, mode, level):
             weights=oracle.sampling_weights(old, sampled, mask, mode, 0.7, 1.5),
             sampled=sampled,
         )
-        (expected_gradient,) = torch.autograd.grad(expected, logps)
-        assert output.loss.item() == pytest.approx(expected.item(), rel=1e-10, abs=1e-14)
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-14)
+        assert_same_loss_and_gradient(output.loss, expected, logps)
         num_dropped += int((off_policy_mask(logps, sampled, advantages.unsqueeze(1), mask, 0.1) == 0).sum())
     assert 0 < num_dropped < 21
 

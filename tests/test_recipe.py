@@ -3,12 +3,11 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from launch import launcher, load_script, warm_python
+from launch import launcher, load_script, run_to_the_end, warm_python
 from safetensors.torch import load_file
 from tiny import save_tiny_policy, tiny_tokenizer
 
@@ -27,13 +26,8 @@ def recipe():
 
 
 def run(*arguments, launcher=None, env=None, timeout=600):
-    return subprocess.run(
-        [*(launcher or warm_python()), str(RECIPE), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **(env or {})},
-    )
+    command = [*(launcher or warm_python()), str(RECIPE), *map(str, arguments)]
+    return run_to_the_end(command, timeout, folder=None, environment={**os.environ, **(env or {})})
 
 
 def small(output_dir, **options):

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from canned import assert_same_weights, canned_config, canned_prompts, train_canned
+from canned import assert_same_weights, canned_config, canned_prompts, schedule_options, train_canned
 from hypothesis import given
 from hypothesis import strategies as st
 from launch import run_canned
@@ -337,11 +337,8 @@ SCHEDULES = [(3, 1, 1), (2, 1, 3), (2, 2, 4), (2, 2, 3), (1, 4, 2)]
 
 
 def train(policy, output_dir, schedule=(2, 1, 1), resume=None, lora=False, trainer_class=GRPOExtTrainer, **options):
-    mu, accumulation, per_generation = schedule
     options = {
-        "num_iterations": mu,
-        "gradient_accumulation_steps": accumulation,
-        "steps_per_generation": per_generation,
+        **schedule_options(*schedule),
         "max_steps": 8,
         "save_strategy": "steps",
         "save_steps": 1,

@@ -7,7 +7,7 @@ Tokens without a log-probability are among them, and bounds of the weights that 
 import itertools
 
 import pytest
-from canned import ROWS, SetAttributes, assert_same_training, canned_config, train_canned
+from canned import ROWS, SetAttributes, assert_same_training, canned_config, schedule_options, train_canned
 from safetensors.torch import load_file
 from test_iterations import PaddedTrainer, start  # noqa: F401 (a fixture)
 from test_iterations import check_parity as check_parity_of_runs
@@ -116,10 +116,8 @@ def test_trls_gradient(policy, start, tmp_path, row):  # noqa: F811
         start,
         tmp_path,
         row.pop("trainer"),
-        num_iterations=mu,
-        gradient_accumulation_steps=accumulation,
-        steps_per_generation=per_generation,
         max_steps=2 * mu * per_generation // accumulation,
+        **schedule_options(mu, accumulation, per_generation),
         **row,
     )
     mode = row["vllm_importance_sampling_mode"]
@@ -152,9 +150,7 @@ def rows_without_gradient(run):
 def test_old_policy_forwards(policy, tmp_path, schedule, extra_rows):
     mu, accumulation, per_generation = schedule
     options = {
-        "num_iterations": mu,
-        "gradient_accumulation_steps": accumulation,
-        "steps_per_generation": per_generation,
+        **schedule_options(*schedule),
         "max_steps": 2 * mu * per_generation // accumulation,
     }
     ours = run(PaddedTrainer, policy, tmp_path / "ours", GRPOExtConfig, skip_zero_advantage=False, **options)
@@ -261,9 +257,7 @@ def test_a_loss_that_wants_rows_without_weight_gets_fresh_ones(policy, tmp_path,
 def test_metrics_are_trls(policy, tmp_path, mode, schedule):
     mu, accumulation, per_generation = schedule
     options = {
-        "num_iterations": mu,
-        "gradient_accumulation_steps": accumulation,
-        "steps_per_generation": per_generation,
+        **schedule_options(*schedule),
         "vllm_importance_sampling_mode": mode,
         "kinds": ("live",),
         "max_steps": 2 * mu * per_generation // accumulation,

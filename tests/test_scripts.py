@@ -10,7 +10,7 @@ import pytest
 import torch
 import trl.trainer.grpo_trainer
 import yaml
-from launch import load_script, warm_python
+from launch import load_script, run_to_the_end, warm_python
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -21,9 +21,8 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 def run(script, *arguments):
-    return subprocess.run(
-        [*warm_python(), str(SCRIPTS / script), *map(str, arguments)], capture_output=True, text=True, timeout=300
-    )
+    command = [*warm_python(), str(SCRIPTS / script), *map(str, arguments)]
+    return run_to_the_end(command, folder=None, environment=os.environ)
 
 
 def load(script):

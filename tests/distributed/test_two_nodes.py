@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import ENVIRONMENT, launcher, ran_on, run_canned, warm_python
+from launch import launcher, ran_on, run_canned, run_to_the_end, warm_python
 from test_faults import BOUND_S, OPTIONS, assert_same_end
 
 from trl_grpo_ext.checkpoints import whole_checkpoints
@@ -40,14 +40,8 @@ def test_two_nodes(two_nodes, policy, tmp_path, config, stage, cuts_cable):
     run = {"policy": policy, "options": {**OPTIONS, "ddp_timeout": TIMEOUT_S}}
     settings = {"config": config, "run": run, "output_dir": str(tmp_path / "nodes"), "cuts_cable": cuts_cable}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    result = subprocess.run(
-        [*two_nodes, sys.executable, str(HERE / "two_nodes.py"), str(tmp_path / "settings.json")],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    command = [*two_nodes, sys.executable, str(HERE / "two_nodes.py"), str(tmp_path / "settings.json")]
+    result = run_to_the_end(command, timeout=500, folder=None)
     second = (tmp_path / "second.0").read_text() if (tmp_path / "second.0").exists() else ""
     assert result.returncode == 0, result.stderr + second[-3000:]
     results = json.loads((tmp_path / "results.json").read_text())

@@ -46,6 +46,20 @@ def settings_of_runs(folder, policy, names, trainer, **options):
     ]
 
 
+def runs_of_both(folder, policy, options, *, ours=None, **settings):
+    """A run by TRL's trainer, and by ours, which may have options of its own."""
+    return [
+        {
+            **settings,
+            "options": {**COMMON, **SGD, **options, **more},
+            "policy": policy,
+            "trainer": trainer,
+            "output_dir": str(folder / trainer),
+        }
+        for trainer, more in (("trl", {}), ("ext", ours or {}))
+    ]
+
+
 def run_all(folder, launcher, runs):
     result = run_canned(folder, "settings", launcher, runs=runs)
     assert result.returncode == 0, result.stderr[-5000:]
@@ -144,17 +158,7 @@ def test_bf16(policy, tmp_path, config, options, stage):
 @pytest.mark.parametrize("sampler", [{}, {"sampler_noise": 0.3}], ids=["policy", "vllm"])
 def test_processes_with_and_without_images(policy, tmp_path, sampler):
     """Whether TRL's loss is computed, with its collective calls, or ours is decided by all of them together."""
-    runs = [
-        {
-            "options": {**COMMON, **SGD, **(CORRECTED if sampler else {})},
-            **sampler,
-            "images_on": 1,
-            "policy": policy,
-            "trainer": trainer,
-            "output_dir": str(tmp_path / trainer),
-        }
-        for trainer in ("trl", "ext")
-    ]
+    runs = runs_of_both(tmp_path, policy, CORRECTED if sampler else {}, images_on=1, **sampler)
     run_all(tmp_path, launcher("ddp_cpu.yaml"), runs)
     check(tmp_path / "ext", tmp_path / "trl", 1e-5)
     assert "update/rows_skipped" not in ran_on(tmp_path / "ext")["log"][0]
@@ -162,16 +166,7 @@ def test_processes_with_and_without_images(policy, tmp_path, sampler):
 
 def test_metrics_of_the_sampler(policy, tmp_path):
     """TRL's over two processes where no row is left out: means of the processes' means."""
-    runs = [
-        {
-            "options": {**COMMON, **SGD, **CORRECTED, **({} if trainer == "trl" else {"skip_zero_advantage": False})},
-            "sampler_noise": 0.3,
-            "policy": policy,
-            "trainer": trainer,
-            "output_dir": str(tmp_path / trainer),
-        }
-        for trainer in ("trl", "ext")
-    ]
+    runs = runs_of_both(tmp_path, policy, CORRECTED, ours={"skip_zero_advantage": False}, sampler_noise=0.3)
     run_all(tmp_path, launcher("ddp_cpu.yaml"), runs)
     assert ran_on(tmp_path / "ext")["processes"] == 2
     expected = {name for entry in ran_on(tmp_path / "trl")["log"] for name in entry if name.startswith("sampling/")}
