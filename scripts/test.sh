@@ -10,14 +10,19 @@ ruff format --check .
 mypy
 case " $* " in *" -m "*) exec python -m pytest "$@" ;; esac
 # Everything, also the slow tests, which plain `pytest` leaves out. Those that start processes of their own come last,
-# one at a time.
-single=0 distributed=0 vllm=0
-python -m pytest -m "not distributed" "$@" || single=$?
-python -m pytest -n 0 -m distributed "$@" || distributed=$?
+# one at a time. The worst part decides, and all are named at the end, because a failure may be pages above it.
+status=5 summary=""
+part() {
+  local name="$1" result=0
+  shift
+  "$@" || result=$?
+  [ "$result" != 5 ] || return 0 # none of the tests that were asked for is of this part
+  if [ "$result" = 0 ]; then summary+="$name: passed"$'\n'; else summary+="$name: FAILED, see above"$'\n'; fi
+  if [ "$status" = 5 ] || [ "$result" -gt "$status" ]; then status="$result"; fi
+}
+part "tests" python -m pytest -m "not distributed" "$@"
+part "distributed tests" python -m pytest -n 0 -m distributed "$@"
 # vLLM has an environment of its own, and tests that no option for these is meant for.
-[ $# -gt 0 ] || bash scripts/test_vllm.sh || vllm=$?
-[ "$vllm" = 0 ] || exit "$vllm"
-# 5: none of the tests that were asked for is of this part
-[ "$single" = 5 ] && exit "$distributed"
-[ "$distributed" = 5 ] && exit "$single"
-exit $((single > distributed ? single : distributed))
+[ $# -gt 0 ] || part "tests with vLLM, unless skipped above" bash scripts/test_vllm.sh
+printf '\n%s' "$summary"
+exit "$status"

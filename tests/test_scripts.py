@@ -162,15 +162,43 @@ def test_ranks_wait_longer_for_each_other_than_one_of_them_for_vllm():
     assert int(timeout) < min(bounds)
 
 
+def write_programs(folder, programs):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, program in programs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{program}\n")
+        (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("single", "distributed", "status", "says"),
+    [
+        (0, 0, 0, ["tests: passed", "distributed tests: passed"]),
+        (1, 0, 1, ["tests: FAILED, see above", "distributed tests: passed"]),
+        (0, 2, 2, ["tests: passed", "distributed tests: FAILED, see above"]),
+        (5, 0, 0, ["distributed tests: passed"]),  # 5: pytest has found none of the tests that were asked for
+        (1, 5, 1, ["tests: FAILED, see above"]),
+        (5, 5, 5, []),
+    ],
+)
+def test_a_part_that_fails_is_named_at_the_end(tmp_path, single, distributed, status, says):
+    of_pytest = f'case "$*" in *"not distributed"*) exit {single} ;; *) exit {distributed} ;; esac'
+    write_programs(tmp_path / "bin", {"ruff": "true", "mypy": "true", "python": of_pytest})
+    pinned = b"".join((SCRIPTS.parent / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+    done = subprocess.run(["cksum"], input=pinned, capture_output=True, check=True).stdout
+    (tmp_path / ".installed-dev").write_bytes(done)  # nothing is left to install
+    environment = {**os.environ, "VENV": str(tmp_path)}
+    result = run_to_the_end(["bash", str(SCRIPTS / "test.sh"), "some.py"], 60, environment=environment)
+    assert result.returncode == status
+    assert result.stdout.splitlines()[1:] == says  # after an empty line
+
+
 @pytest.fixture
 def test_vllm(tmp_path):
     """Runs the script with programs in place of those that it asks about this machine."""
-    (tmp_path / "bin").mkdir()
 
     def start(**environment):
-        for name, program in {"uname": "echo Linux x86_64", "grep": "true", **environment.pop("programs", {})}.items():
-            (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{program}\n")
-            (tmp_path / "bin" / name).chmod(0o755)
+        answers = {"uname": "echo Linux x86_64", "grep": "true", **environment.pop("programs", {})}
+        write_programs(tmp_path / "bin", answers)
         return subprocess.run(
             ["bash", str(SCRIPTS / "test_vllm.sh")],
             env={
