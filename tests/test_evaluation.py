@@ -13,9 +13,9 @@ from datasets import Dataset, IterableDataset
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_grpo_ext import evaluation
 from trl_grpo_ext.embedded_policy import embedded_policy_path
 from trl_grpo_ext.evaluation import check_problems, evaluate, generate_texts, is_flexibly_correct, is_strictly_correct
+from trl_grpo_ext.evaluation import generate as evaluation
 from trl_grpo_ext.tasks import load_arithmetic
 
 

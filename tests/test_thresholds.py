@@ -12,8 +12,9 @@ from test_shared_prefix import SHAPE, by_row, make_model, make_rows, make_traine
 from tiny import tiny_model, tiny_tokenizer
 from transformers import Gemma3TextConfig, MistralConfig
 
-from trl_grpo_ext import checkpoints, evaluation
+from trl_grpo_ext import checkpoints
 from trl_grpo_ext.config import GRPOExtConfig
+from trl_grpo_ext.evaluation import generate as evaluation
 from trl_grpo_ext.trainer import GRPOExtTrainer
 
 

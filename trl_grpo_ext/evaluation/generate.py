@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.models import unwrap_model_for_generation
 
-from . import compat
-from .rewards.correctness import is_reference_number
-from .rewards.extract import extract_last_number, extract_tagged_answer
-from .rewards.references import reference_to_text
-from .shared_prefix.probe import undisturbed
+from .. import compat
+from ..rewards.correctness import is_reference_number
+from ..rewards.extract import extract_last_number, extract_tagged_answer
+from ..rewards.references import reference_to_text
+from ..shared_prefix.probe import undisturbed
 
 
 if TYPE_CHECKING:
