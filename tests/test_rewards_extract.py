@@ -1,6 +1,12 @@
 import pytest
 
-from trl_grpo_ext.rewards import extract_hash_answer, extract_last_number, extract_tagged_answer, extract_xml_answer
+from trl_grpo_ext.rewards import (
+    extract_boxed_answer,
+    extract_hash_answer,
+    extract_last_number,
+    extract_tagged_answer,
+    extract_xml_answer,
+)
 
 
 @pytest.mark.parametrize(
@@ -64,3 +70,24 @@ def test_hash_answer(text, answer):
 )
 def test_last_number(text, number):
     assert extract_last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"So it is $\boxed{72}$.", "72"),
+        (r"\boxed{ \frac{3}{4} }", r"\frac{3}{4}"),
+        (r"\boxed{1}, no, \boxed{2}", "2"),
+        (r"\boxed {5}", "5"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{\left\{ x^{2} \right.}", r"\left\{ x^{2} \right."),
+        (r"a } b { \boxed{1} and \boxed{2", "1"),
+        (r"\boxed{1", None),
+        (r"\boxed{}", ""),
+        (r"\boxed 5", None),
+        (r"\boxeds{5}", None),
+        ("", None),
+    ],
+)
+def test_boxed_answer(text, answer):
+    assert extract_boxed_answer(text) == answer

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from trl_grpo_ext.rewards import (
     exact_correctness_reward_func,
+    extract_boxed_answer,
     extract_last_number,
     get_soft_format_reward,
     gsm8k_bundle,
@@ -60,6 +61,7 @@ def test_numbers_never_raise(a, b):
     assert numerically_equal(a, b) == numerically_equal(b, a)
     assert parse_plain_number(a) is None or parse_plain_number(a) == parse_number(a)
     extract_last_number(a)
+    extract_boxed_answer(a)
 
 
 # Each makes a text of about `size` characters.
@@ -89,6 +91,8 @@ HOSTILE = {
     "signs": lambda size: "<answer>" + "-" * size + "5</answer>",
     "signs and currency": lambda size: "<answer>" + "-$" * (size // 2) + "5</answer>",
     "boxes": lambda size: "<answer>" + "\\boxed{" * (size // 7) + "</answer>",
+    "nested boxes": lambda size: "\\boxed{" * (size // 8) + "}" * (size // 8),
+    "spaces behind boxes": lambda size: "\\boxed" + " " * size + "\\boxed   " * (size // 9),
     "overlapping tags": lambda size: "\n<answer>\n" + "\n</answer>" * (size // 10) + "\n",
     "backslashes": lambda size: "<answer>" + "\\" * size + "</answer>",
     "words": lambda size: "<answer>" + "word " * (size // 5) + "</answer>",
@@ -118,6 +122,7 @@ def test_time_grows_linearly(kind):
         parse_plain_number(text)
         parse_plain_number(text.removeprefix("<answer>").removesuffix("</answer>"))
         extract_last_number(text)
+        extract_boxed_answer(text)
 
     # Linear is 10, quadratic is 100. What is done in microseconds is fast enough, whatever its ratio.
     ratio = seconds(score, large) / max(seconds(score, small), 1e-4)

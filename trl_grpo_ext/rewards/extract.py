@@ -30,6 +30,9 @@ NUMBER = re.compile(
 # What the system prompt shows where the answer should stand.
 PLACEHOLDER = "..."
 
+# What opens and closes a group in LaTeX; a brace behind a backslash is a character.
+_BRACE = re.compile(r"(?P<boxed>\\boxed\s*+\{)|\\[{}]|(?P<opening>\{)|(?P<closing>\})")
+
 # What stands before the final answer in GSM8K's own solutions.
 HASH_MARKER = "####"
 
@@ -58,6 +61,22 @@ def extract_hash_answer(text: str) -> str | None:
     _, marker, rest = text.rpartition(HASH_MARKER)
     answer = rest.partition("\n")[0].strip()
     return answer if marker and answer else None
+
+
+def extract_boxed_answer(text: str) -> str | None:
+    """The stripped content of the last `\\boxed{...}` that is closed, braces within it balanced; `None` without one."""
+    opened: list[int | None] = []  # groups, each with where its content begins if it is a box
+    begin = end = -1
+    for brace in _BRACE.finditer(text):
+        if brace["boxed"]:
+            opened.append(brace.end())
+        elif brace["opening"]:
+            opened.append(None)
+        elif brace["closing"] and opened:
+            opening = opened.pop()
+            if opening is not None and opening > begin:
+                begin, end = opening, brace.start()
+    return text[begin:end].strip() if begin >= 0 else None
 
 
 def extract_last_number(text: str) -> str | None:
