@@ -1,6 +1,12 @@
 import pytest
 
-from trl_grpo_ext.rewards import extract_hash_answer, extract_last_number, extract_tagged_answer, extract_xml_answer
+from trl_grpo_ext.rewards import (
+    extract_boxed_answer,
+    extract_hash_answer,
+    extract_last_number,
+    extract_tagged_answer,
+    extract_xml_answer,
+)
 
 
 @pytest.mark.parametrize(
@@ -64,3 +70,32 @@ def test_hash_answer(text, answer):
 )
 def test_last_number(text, number):
     assert extract_last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so $x = \boxed{72}$.", "72"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1}, no: \boxed{ 2 } holds {3}", "2"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed {5}", "5"),
+        (r"$\boxed 12$ and 13", "12"),
+        (r"\(\boxed5\) or 6", "5"),
+        ("\\boxed 5\n6", "5"),
+        (r"\fbox{4}", "4"),
+        (r"\boxed{3} \fbox{4}", "3"),
+        (r"\boxed{3} \boxedtext{4}", "3"),
+        (r"\boxed{1} then \boxed{2", None),
+        (r"\boxed{", None),
+        (r"\boxed", None),
+        (r"\boxed{}", None),
+        (r"\boxed{...}", None),
+        ("boxed{5}", None),
+        ("", None),
+    ],
+)
+def test_boxed_answer(text, answer):
+    assert extract_boxed_answer(text) == answer

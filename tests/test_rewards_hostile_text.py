@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from trl_grpo_ext.rewards import (
     exact_correctness_reward_func,
+    extract_boxed_answer,
     extract_last_number,
     get_soft_format_reward,
     gsm8k_bundle,
@@ -89,6 +90,9 @@ HOSTILE = {
     "signs": lambda size: "<answer>" + "-" * size + "5</answer>",
     "signs and currency": lambda size: "<answer>" + "-$" * (size // 2) + "5</answer>",
     "boxes": lambda size: "<answer>" + "\\boxed{" * (size // 7) + "</answer>",
+    "closed boxes": lambda size: "\\boxed{1} " * (size // 10),
+    "deep boxes": lambda size: "\\boxed{" * (size // 16) + "\\fbox{" + "{}" * (size // 8) + "}" * (size // 16),
+    "bare boxes": lambda size: "\\boxed  " * (size // 8),
     "overlapping tags": lambda size: "\n<answer>\n" + "\n</answer>" * (size // 10) + "\n",
     "backslashes": lambda size: "<answer>" + "\\" * size + "</answer>",
     "words": lambda size: "<answer>" + "word " * (size // 5) + "</answer>",
@@ -118,6 +122,7 @@ def test_time_grows_linearly(kind):
         parse_plain_number(text)
         parse_plain_number(text.removeprefix("<answer>").removesuffix("</answer>"))
         extract_last_number(text)
+        extract_boxed_answer(text)
 
     # Linear is 10, quadratic is 100. What is done in microseconds is fast enough, whatever its ratio.
     ratio = seconds(score, large) / max(seconds(score, small), 1e-4)

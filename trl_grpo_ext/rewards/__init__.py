@@ -17,7 +17,13 @@ from .correctness import (
     parse_number,
     parse_plain_number,
 )
-from .extract import extract_hash_answer, extract_last_number, extract_tagged_answer, extract_xml_answer
+from .extract import (
+    extract_boxed_answer,
+    extract_hash_answer,
+    extract_last_number,
+    extract_tagged_answer,
+    extract_xml_answer,
+)
 from .format import (
     format_reward_func,
     get_format_reward,
@@ -43,6 +49,7 @@ __all__ = [
     "completion_to_text",
     "correctness_reward_func",
     "exact_correctness_reward_func",
+    "extract_boxed_answer",
     "extract_hash_answer",
     "extract_last_number",
     "extract_tagged_answer",

@@ -27,6 +27,11 @@ NUMBER = re.compile(
     re.VERBOSE,
 )
 
+# The command that LaTeX boxes a result with, and what its argument is made of.
+_BOXES = tuple(re.compile(rf"\\{command}(?![a-zA-Z])\s*+") for command in ("boxed", "fbox"))
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text
+_END_OF_BARE_BOX = re.compile(r"[$\n]|\\[)\]]")
+
 # What the system prompt shows where the answer should stand.
 PLACEHOLDER = "..."
 
@@ -58,6 +63,34 @@ def extract_hash_answer(text: str) -> str | None:
     _, marker, rest = text.rpartition(HASH_MARKER)
     answer = rest.partition("\n")[0].strip()
     return answer if marker and answer else None
+
+
+def extract_boxed_answer(text: str) -> str | None:
+    r"""What the last `\boxed{...}` holds, as MATH's solutions give their answers; `None` without it.
+
+    Braces within are balanced, escaped ones (`\{`) aside, and of boxes within a box the innermost counts. Without
+    braces (`\boxed 5`) it is what follows, to the end of the formula or line. `\fbox` counts where there is no
+    `\boxed`. A box that is not closed, is empty or holds the placeholder `...` gives no answer.
+    """
+    for command in _BOXES:
+        last = deque(command.finditer(text), maxlen=1)
+        if last:
+            answer = _boxed_from(text, last[0].end()).strip()
+            return None if answer in ("", PLACEHOLDER) else answer
+    return None
+
+
+def _boxed_from(text: str, start: int) -> str:
+    """The argument of the command that ends here; empty if it is not closed."""
+    if not text.startswith("{", start):
+        end = _END_OF_BARE_BOX.search(text, start)
+        return text[start : end.start() if end else len(text)]
+    depth = 0
+    for brace in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[start + 1 : brace.start()]
+    return ""
 
 
 def extract_last_number(text: str) -> str | None:
