@@ -1,6 +1,29 @@
-"""How often a policy answers right: see [`trl_grpo_ext.evaluation.generate`]."""
+"""How often a policy answers right, in figures that can be compared.
 
-from .generate import Accuracy, check_problems, evaluate, generate_texts, is_flexibly_correct, is_strictly_correct
+Grading imports no torch; names are looked up when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 
-__all__ = ["Accuracy", "check_problems", "evaluate", "generate_texts", "is_flexibly_correct", "is_strictly_correct"]
+if TYPE_CHECKING:
+    from .driver import Evaluation, check_problems, evaluate
+
+
+_MODULES = {
+    "Evaluation": "driver",
+    "check_problems": "driver",
+    "evaluate": "driver",
+}
+__all__ = ["Evaluation", "check_problems", "evaluate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
