@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .callback import EvaluationCallback
     from .driver import Evaluation, check_problems, evaluate
 
 
 _MODULES = {
+    "EvaluationCallback": "callback",
     "Evaluation": "driver",
     "check_problems": "driver",
     "evaluate": "driver",
 }
-__all__ = ["Evaluation", "check_problems", "evaluate"]
+__all__ = ["Evaluation", "EvaluationCallback", "check_problems", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:

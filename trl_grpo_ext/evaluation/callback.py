@@ -9,7 +9,6 @@ evaluation.before["heldout"].estimates["strict"], evaluation.after["heldout"].es
 ```
 """
 
-import inspect
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import ProgressCallback, TrainerCallback
 
 from .answers import Answer, read_answers, write_answers
-from .evaluate import check_problems, evaluate
+from .driver import check_problems, evaluate
 from .figures import Figures, figures_of
 
 
@@ -229,7 +228,8 @@ class EvaluationCallback(TrainerCallback):
         """
         if self._latest is None or self._latest[1] != state.global_step:
             return False
-        return self._trainer.is_in_train or bool(self._asked_for - {_prefix_of(metrics)} == self._asked_for != set())
+        is_of_the_same_call = bool(self._asked_for) and _prefix_of(metrics) not in self._asked_for
+        return self._trainer.is_in_train or is_of_the_same_call
 
     # Evaluation
 
@@ -253,6 +253,12 @@ class EvaluationCallback(TrainerCallback):
                 accelerator=trainer.accelerator,
                 vllm=trainer.vllm_generation if trainer.args.use_vllm else None,
                 description=None if trainer.args.disable_tqdm else f"Evaluating {when}{of_set}",
+                chat_template_kwargs=trainer.args.chat_template_kwargs,
+                # as TRL's trainer generates, which puts gradient checkpointing back as training has it
+                unwrap_options={
+                    "gather_deepspeed3_params": trainer.args.ds3_gather_for_generation,
+                    "gradient_checkpointing_kwargs": trainer.args.gradient_checkpointing_kwargs,
+                },
             )
             figures[name] = found.figures
             if trainer.accelerator.is_main_process:
@@ -332,8 +338,8 @@ class EvaluationCallback(TrainerCallback):
         self.before = before
         if before is None and self.at_ends:
             logger.warning(
-                f"There are no figures of the policy before training: {str(self._file(BEFORE, 0, ONLY_SET))!r} is not "
-                "there, or not of this run, which goes on from a checkpoint."
+                "There are no figures of the policy before training: this run goes on from a checkpoint, and what it "
+                f"measured when it began is not in {str(self.folder)!r}, or not all of it."
             )
 
     def _recorded(self) -> list[Record]:
