@@ -1,24 +1,59 @@
 """How often a policy answers right, in figures that can be compared.
 
+- [`trl_grpo_ext.evaluation.grade`]: a completion against its reference, under four conventions;
+- [`trl_grpo_ext.evaluation.answers`]: files of answers, one line a completion;
+- [`trl_grpo_ext.evaluation.figures`]: shares, pass@k, maj@k and their intervals, of answers;
+- [`trl_grpo_ext.evaluation.statistics`]: the estimators behind them;
+- [`trl_grpo_ext.evaluation.driver`]: a policy's answers to a data set's problems;
+- [`trl_grpo_ext.evaluation.callback`]: all of it before, during and after training.
+
 Grading imports no torch; names are looked up when they are first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .grade import CONVENTIONS, Grade, grade  # at once: later, `grade` would be the module of that name
+
 
 if TYPE_CHECKING:
+    from .answers import Answer, append_answers, read_answers, write_answers
     from .callback import EvaluationCallback
     from .driver import Evaluation, check_problems, evaluate
+    from .figures import Estimate, Figures, figures_of, table_of
 
 
 _MODULES = {
-    "EvaluationCallback": "callback",
+    "Answer": "answers",
+    "Estimate": "figures",
     "Evaluation": "driver",
+    "EvaluationCallback": "callback",
+    "Figures": "figures",
+    "append_answers": "answers",
     "check_problems": "driver",
     "evaluate": "driver",
+    "figures_of": "figures",
+    "read_answers": "answers",
+    "table_of": "figures",
+    "write_answers": "answers",
 }
-__all__ = ["Evaluation", "EvaluationCallback", "check_problems", "evaluate"]
+__all__ = [
+    "CONVENTIONS",
+    "Answer",
+    "Estimate",
+    "Evaluation",
+    "EvaluationCallback",
+    "Figures",
+    "Grade",
+    "append_answers",
+    "check_problems",
+    "evaluate",
+    "figures_of",
+    "grade",
+    "read_answers",
+    "table_of",
+    "write_answers",
+]
 
 
 def __getattr__(name: str) -> Any:
