@@ -264,7 +264,7 @@ def test_numbers_that_a_file_has_as_texts(recipe, tmp_path):
 
 def test_deepspeed_is_not_installed(recipe, tmp_path, capsys, monkeypatch):
     """It is asked for by an option, or by a launch configuration, which sets the environment of the ranks."""
-    monkeypatch.setattr("trl_grpo_ext.arguments.is_deepspeed_available", lambda: False)
+    monkeypatch.setattr("accelerate.utils.is_deepspeed_available", lambda: False)
     for arguments in (["--deepspeed", "zero.json"], []):
         with pytest.raises(SystemExit) as stopped:
             recipe.main(["--output_dir", str(tmp_path / "out"), *arguments])

@@ -1,27 +1,28 @@
-"""A script's options, parsed as TRL does: what is wrong is said in one line, which suggests the nearest name."""
+"""A script's options, parsed as TRL does: what is wrong is said in one line, which suggests the nearest name.
+
+Importing this module, parsing and `--help` import no torch, unless the options themselves do.
+"""
 
 import difflib
 import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
+from textwrap import dedent, indent
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from accelerate.utils import is_deepspeed_available
 from trl import TrlParser
 from yaml import YAMLError
 
-from .objective import LOSS_TYPES, SAMPLING_MODES
+from .exits import stop
 
 
 # What TRL looks at in the first step only.
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "loss_type": tuple(LOSS_TYPES),
     "scale_rewards": ("group", "batch", "none", True, False),
     "importance_sampling_level": ("token", "sequence"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-    "vllm_importance_sampling_mode": SAMPLING_MODES,
 }
 
 
@@ -32,6 +33,14 @@ class ArgumentError(ValueError):
 class OneLineParser(TrlParser):
     """TRL's parser, which raises [`ArgumentError`] instead of printing how a script with 230 options is used.
 
+    Args:
+        dataclass_types (a dataclass or an iterable of them, *optional*):
+            The options.
+        example (`str`, *optional*):
+            Command lines that `--help` shows at its end, as they stand here.
+        **kwargs:
+            What `argparse.ArgumentParser` takes.
+
     Attributes:
         given (`dict[str, Any]`):
             After parsing: each option's value as it was asked for, on the command line, in the file or by default;
@@ -40,8 +49,14 @@ class OneLineParser(TrlParser):
 
     given: dict[str, Any]
 
-    def __init__(self, dataclass_types: Any = None, **kwargs: Any) -> None:
+    def __init__(self, dataclass_types: Any = None, *, example: str | None = None, **kwargs: Any) -> None:
         super().__init__(dataclass_types, **{"allow_abbrev": False, **kwargs})
+        self.example = example
+
+    def format_help(self) -> str:
+        if self.example is None:
+            return super().format_help()
+        return f"{super().format_help()}\nexample:\n{indent(dedent(self.example).strip(), '  ')}\n"
 
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)", message)
@@ -60,7 +75,7 @@ class OneLineParser(TrlParser):
     def _check_values(self) -> None:
         """Hold values from a file against what the command line takes: TRL's parser looks at their names alone."""
         uses_deepspeed = self.given.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-        if uses_deepspeed and not is_deepspeed_available():  # else transformers fails in the middle of something
+        if uses_deepspeed and not _is_deepspeed_available():  # else transformers fails in the middle of something
             raise ArgumentError(
                 "DeepSpeed is not installed: install it (pip install deepspeed), or choose a launch configuration "
                 "without it"
@@ -68,7 +83,7 @@ class OneLineParser(TrlParser):
         # not the fields' types: transformers' parser changes them
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         for item in self._fields():
-            value, choices = self.given[item.name], item.metadata.get("choices") or CHOICES.get(item.name)
+            value, choices = self.given[item.name], item.metadata.get("choices") or _choices_of(item.name)
             kinds = get_args(hints[item.name]) if get_origin(hints[item.name]) in (Union, UnionType) else ()
             kinds = kinds or (hints[item.name],)
             if value is None:
@@ -86,6 +101,13 @@ class OneLineParser(TrlParser):
     def _fields(self) -> list[Field]:
         return [item for kind in self.dataclass_types for item in fields(kind) if item.init]
 
+    def parse_or_stop(self, arguments: Sequence[str], ignore: Iterable[str] = ()) -> tuple[Any, ...]:
+        """[`parse_script`], where options that cannot be had end the process with one line and status 2."""
+        try:
+            return self.parse_script(arguments, ignore)
+        except ArgumentError as error:
+            stop(2, error)
+
     def parse_script(self, arguments: Sequence[str], ignore: Iterable[str] = ()) -> tuple[Any, ...]:
         """The dataclasses, from the command line and the file that `--config` names there.
 
@@ -94,6 +116,10 @@ class OneLineParser(TrlParser):
                 The command line.
             ignore (`Iterable[str]`):
                 Keys of the file that are no options.
+
+        Returns:
+            `tuple`:
+                The dataclasses, and behind them a namespace of what was added with `add_argument`, if anything was.
         """
         arguments = [part for argument in arguments for part in _split_config(argument)]
         if arguments.count("--config") > 1:
@@ -123,6 +149,20 @@ class OneLineParser(TrlParser):
             if name not in ignore:
                 raise ArgumentError(f"{_file_of(arguments)}: there is no option {name!r}{suggestion(name, names)}")
         return tuple(parsed)
+
+
+def _choices_of(name: str) -> tuple[Any, ...] | None:
+    if name in ("loss_type", "vllm_importance_sampling_mode"):
+        from .objective import LOSS_TYPES, SAMPLING_MODES  # here, because it imports torch: few scripts have them
+
+        return tuple(LOSS_TYPES) if name == "loss_type" else SAMPLING_MODES
+    return CHOICES.get(name)
+
+
+def _is_deepspeed_available() -> bool:
+    from accelerate.utils import is_deepspeed_available  # here, because it imports torch
+
+    return is_deepspeed_available()
 
 
 def _check_kind(name: str, value: Any, kinds: Sequence[Any]) -> Any:

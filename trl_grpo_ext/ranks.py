@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,26 +18,15 @@ from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers import TrainerCallback
 
+from .exits import Stop, one_line, stop
+
+
+__all__ = ["BoundCollectiveCalls", "Stop", "is_lost_connection", "is_so_anywhere", "run_as_rank", "stop"]
 
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_FOR_THE_FIRST = 2.0
 # In which a launcher whose rank has failed ends: it gives the other ranks 30 s.
 SECONDS_FOR_THE_LAUNCHER = 60
-
-
-class Stop(SystemExit):
-    """What [`stop`] ends a process with."""
-
-    def __init__(self, status: int, line: str) -> None:
-        super().__init__(status)
-        self.line = line
-
-
-def stop(status: int, message: object) -> NoReturn:
-    """End with one line on the error stream, and an exit status other than 0."""
-    line = f"error: {_one_line(message)}"
-    print(line, file=sys.stderr, flush=True)
-    raise Stop(status, line)
 
 
 def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
@@ -77,7 +66,7 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
             _repeat_after(launcher, _line_of(stopped))
             raise
         except Exception as error:
-            _repeat_after(launcher, f"error: {type(error).__name__}: {_one_line(error)}")
+            _repeat_after(launcher, f"error: {type(error).__name__}: {one_line(error)}")
             raise
         finally:
             is_done.set()
@@ -98,7 +87,7 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
             time.sleep(SECONDS_FOR_THE_FIRST)
         else:
             traceback.print_exc()
-            last_words = _report(f"{type(error).__name__}: {_one_line(error)}")
+            last_words = _report(f"{type(error).__name__}: {one_line(error)}")
         error_handler.record_exception(error)  # where the launcher looks for it
         status = 1
     if last_words is not None and _is_first_to_fail():
@@ -154,10 +143,6 @@ def _report(cause: str) -> str:
     line = f"error: rank {rank} on {socket.gethostname()} ends: {cause}"
     print(line, file=sys.stderr, flush=True)
     return line
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
 
 
 def _line_of(stopped: SystemExit) -> str | None:

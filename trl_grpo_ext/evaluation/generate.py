@@ -1,165 +1,213 @@
-"""How often a policy answers right: greedily and when it samples, with its tags and without them.
+"""Completions for an evaluation, from transformers or from vLLM: text, number of tokens, and why it ends.
 
-Format is easily mistaken for reasoning: a policy that learns to close its tags gains strict accuracy without solving
-one more problem. So two figures stand side by side. *Strict* accuracy asks for the right answer inside a closed answer
-tag, *flexible* accuracy takes the last number of the text. And greedy accuracy overstates what was learned, because it
-jumps when the most frequent way of solving a problem changes; the accuracy of samples shows how much of the
-distribution moved.
+A sample must be the same whatever it is generated together with, so its random numbers are its own: a stream that is
+seeded from the evaluation's seed, the problem and the number of the sample. The Gumbel-max trick (Gumbel 1954; Maddison
+et al., arXiv 1411.0030) makes samples of them: the largest of `logits / temperature + noise` is distributed as softmax
+says. Rounding moves it to another token about as rarely as it does without noise, where drawing from cumulated
+probabilities would let one changed bit shift everything behind it.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from trl.models import unwrap_model_for_generation
-
-from .. import compat
-from ..rewards.correctness import is_reference_number
-from ..rewards.extract import extract_last_number, extract_tagged_answer
-from ..rewards.references import reference_to_text
-from ..shared_prefix.probe import undisturbed
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from trl.generation.vllm_generation import VLLMGeneration
+    from vllm import LLM
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Shares of right answers, each from 0 to 1.
+class Request:
+    """A completion to be generated.
 
     Args:
-        strict (`float`):
-            Greedy decoding, the answer inside a closed answer tag.
-        flexible (`float`):
-            Greedy decoding, the last number of the text.
-        sampled (`float` or `None`):
-            Mean strict accuracy of samples at temperature 1.0; `None` if none were drawn.
-        items (`int`):
-            Number of problems.
-        samples_per_item (`int`):
-            Number of samples drawn for each problem.
+        prompt_ids (`list[int]`):
+            The prompt's tokens.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            Sampling temperature; 0.0 decodes greedily.
+        stream (`int`, *optional*, defaults to `0`):
+            Seed of the random numbers that it is sampled with, see [`stream_of`].
     """
 
-    strict: float
-    flexible: float
-    sampled: float | None
-    items: int
-    samples_per_item: int
+    prompt_ids: list[int]
+    temperature: float = 0.0
+    stream: int = 0
 
 
-def is_strictly_correct(text: str, answer: Any) -> bool:
-    """Whether the text's closed answer tag holds the answer, character for character or as the same number."""
-    tagged, reference = extract_tagged_answer(text), reference_to_text(answer)
-    if tagged is None or reference is None:
-        return False
-    return tagged == reference or is_reference_number(tagged, reference)
+@dataclass(frozen=True)
+class Completion:
+    """A completion.
+
+    Args:
+        text (`str`):
+            The text, special tokens left out.
+        tokens (`int`):
+            Number of generated tokens, with the one that ends it.
+        finish_reason (`str`):
+            `"stop"` if the last token is one that ends a completion, else `"length"`.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: str
 
 
-def is_flexibly_correct(text: str, answer: Any) -> bool:
-    """Whether the last number in the text is the answer."""
-    reference = reference_to_text(answer)
-    return reference is not None and is_reference_number(extract_last_number(text), reference)
+def stream_of(seed: int, problem: str | int, sample: int) -> int:
+    """The seed of a sample's random numbers, of 63 bits, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, problem, sample]).encode()).digest()[:8]) >> 1
 
 
-def generate_texts(
+def to_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], **chat_template_kwargs: Any
+) -> list[int]:
+    """A prompt's tokens, as TRL makes them.
+
+    Raises:
+        ValueError: If the prompt is conversational and the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        return tokenizer(text=prompt)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the prompts are messages and the tokenizer has no chat template: set tokenizer.chat_template, or make "
+            "the prompts texts"
+        )
+    return tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
+    )["input_ids"]
+
+
+def end_ids_of(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
+    """The tokens that end a completion: the tokenizer's, and those that the model's generation settings name."""
+    ids = getattr(generation_config, "eos_token_id", None)
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({*ids, tokenizer.eos_token_id} - {None})
+
+
+class GumbelNoise(LogitsProcessor):
+    """Makes a greedy choice a sample at a temperature, with random numbers of each row's own.
+
+    A row draws as many numbers in each step as there are logits, whatever other rows do. In double precision where the
+    device has it: 24 bits of a number in single precision would cut the tail of the distribution off at 1e-7.
+
+    Args:
+        temperature (`float`):
+            Sampling temperature, above 0.
+        streams (`Sequence[int]`):
+            The seed of each row's random numbers.
+        device (`torch.device`):
+            Where the logits are.
+    """
+
+    def __init__(self, temperature: float, streams: Sequence[int], device: torch.device) -> None:
+        self.temperature = temperature
+        self.generators = [torch.Generator(device).manual_seed(stream) for stream in streams]
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise = torch.empty(scores.shape, dtype=self.dtype, device=scores.device)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.uniform_(generator=generator)  # from 0 up to and without 1
+        return noise.log_().neg_().log_().neg_().add_(scores / self.temperature)
+
+
+@contextmanager
+def _generation_config_in_place(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """The model's own generation settings replaced: `generate` takes from them whatever is set in them alone."""
+    holder = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
+    before = holder.generation_config
+    holder.generation_config = config
+    try:
+        yield
+    finally:
+        holder.generation_config = before
+
+
+def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict[str, str]]],
+    requests: Sequence[Request],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    num_samples: int = 1,
-    batch_size: int = 64,
-    progress: "tqdm[Any] | None" = None,
-) -> list[list[str]]:
-    """Complete prompts with `model.generate`.
+    end_ids: Sequence[int] | None = None,
+) -> list[Completion]:
+    """Generate completions with `model.generate`, all at once.
 
     Args:
         model (`PreTrainedModel`):
-            The policy, in whatever mode; its own generation defaults (top-k, repetition penalty) are not used.
+            The policy, in evaluation mode; its own generation settings (top-k, repetition penalty) are not used.
         tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer, with a chat template if prompts are conversational.
-        prompts (`Sequence[str | list[dict]]`):
-            Prompts as TRL takes them: texts, which are completed as they are, or messages.
+            Its tokenizer.
+        requests (`Sequence[Request]`):
+            What to complete, all at one temperature.
         max_new_tokens (`int`):
             Longest completion, in tokens.
-        temperature (`float`, *optional*, defaults to `0.0`):
-            Sampling temperature; 0.0 decodes greedily.
-        num_samples (`int`, *optional*, defaults to `1`):
-            Completions for each prompt.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Completions that are generated at once.
-        progress (`tqdm`, *optional*):
-            A bar to advance by one for each prompt.
+        end_ids (`Sequence[int]`, *optional*):
+            Tokens that end a completion; by default those of [`end_ids_of`].
 
     Returns:
-        `list[list[str]]`:
-            For each prompt its `num_samples` completions, special tokens left out.
-
-    Raises:
-        ValueError: If prompts are conversational and the tokenizer has no chat template.
+        `list[Completion]`:
+            One for each request.
     """
-    ids_of_prompts = [_to_ids(tokenizer, prompt) for prompt in prompts]
-    end_ids = model.generation_config.eos_token_id or []
-    end_ids = {*(end_ids if isinstance(end_ids, list) else [end_ids]), tokenizer.eos_token_id} - {None}
+    if not requests:
+        return []
+    (temperature,) = {request.temperature for request in requests}
+    end_ids = end_ids_of(tokenizer, model.generation_config) if end_ids is None else end_ids
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    pad_id = 0 if pad_id is None else pad_id  # whichever: it is masked
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    pad_id = 0 if pad_id is None else pad_id  # whichever: it is masked, and left out behind the end
     config = GenerationConfig(
-        **(sampling if temperature > 0 else {"do_sample": False}),
+        do_sample=False,
+        use_cache=True,
         max_new_tokens=max_new_tokens,
-        repetition_penalty=1.0,
-        num_return_sequences=num_samples,
-        eos_token_id=sorted(end_ids),
+        eos_token_id=list(end_ids) or None,
         pad_token_id=pad_id,
         disable_compile=True,
     )
-    texts: list[list[str]] = [[] for _ in prompts]
-    # Longest first: what does not fit into memory shows at once, and a batch's rows are of about one length.
-    order = sorted(range(len(prompts)), key=lambda index: -len(ids_of_prompts[index]))
-    rows = max(1, batch_size // num_samples)
-    for start in range(0, len(order), rows):
-        indices = order[start : start + rows]
-        rows_ids = [torch.tensor(ids_of_prompts[index], device=model.device) for index in indices]
-        inputs = {
-            "input_ids": pad_sequence(rows_ids, batch_first=True, padding_value=pad_id, padding_side="left"),
-            "attention_mask": pad_sequence(
-                [torch.ones_like(ids) for ids in rows_ids], batch_first=True, padding_side="left"
-            ),
-        }
-        with torch.no_grad():
-            outputs = model.generate(**inputs, generation_config=config)
-        completions = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for position, index in enumerate(indices):
-            texts[index] = completions[position * num_samples : (position + 1) * num_samples]
-        if progress is not None:
-            progress.update(len(indices))
-    return texts
+    device = model.device
+    rows = [torch.tensor(request.prompt_ids, device=device) for request in requests]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    noise = [GumbelNoise(temperature, [request.stream for request in requests], device)] if temperature > 0 else []
+    with torch.no_grad(), _generation_config_in_place(model, config):
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList(noise),
+        )
+    return [_to_completion(tokenizer, ids, end_ids) for ids in output[:, input_ids.size(1) :].tolist()]
 
 
-def _texts_from_vllm(
+def generate_with_trainers_vllm(
     vllm: "VLLMGeneration",
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict[str, str]]],
+    requests: Sequence[Request],
     *,
     max_new_tokens: int,
-    temperature: float,
-    num_samples: int,
-    progress: "tqdm[Any]",
-) -> list[list[str]]:
-    """[`generate_texts`] with a trainer's vLLM, all prompts at once; its settings are as before afterwards."""
-    ids_of_prompts = [_to_ids(tokenizer, prompt) for prompt in prompts]
+    end_ids: Sequence[int],
+    seed: int,
+) -> list[Completion]:
+    """[`generate`] with a trainer's vLLM; its settings are as before afterwards.
+
+    TRL gives all requests of a call the same settings, one seed included. So samples are drawn from the process's
+    generator, which `seed` is for, or from a server's, which no seed reaches.
+    """
+    (temperature,) = {request.temperature for request in requests}
     settings: dict[str, Any] = {
         "temperature": temperature,
         "top_p": 1.0,
@@ -172,162 +220,44 @@ def _texts_from_vllm(
     }
     before = {name: getattr(vllm, name) for name in settings}
     vars(vllm).update(settings)
+    set_seed(seed % 2**32)
     try:
-        repeated = [ids for ids in ids_of_prompts for _ in range(num_samples)]
-        completion_ids = vllm.generate(repeated, images=None, num_generations=num_samples)[1]
+        completion_ids = vllm.generate([request.prompt_ids for request in requests], images=None, num_generations=1)[1]
     finally:
         vars(vllm).update(before)
-    progress.update(len(prompts))
-    completions = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-    return [completions[start : start + num_samples] for start in range(0, len(completions), num_samples)]
+    return [_to_completion(tokenizer, ids, end_ids) for ids in completion_ids]
 
 
-def _to_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
-    """A prompt's tokens, as TRL makes them."""
-    if isinstance(prompt, str):
-        return tokenizer(text=prompt)["input_ids"]
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the prompts are messages and the tokenizer has no chat template: set tokenizer.chat_template, or make "
-            "the prompts texts"
-        )
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)["input_ids"]
-
-
-def _bring_to(device: torch.device, model: nn.Module) -> None:
-    """Move a model to the processes' device, if it is not there: DeepSpeed does so only when training begins."""
-    if next(model.parameters()).device.type != device.type:
-        model.to(device)
-
-
-def check_problems(dataset: "Dataset") -> None:
-    """Raise `ValueError` unless a data set has problems, each with a prompt and an answer to compare with."""
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "column_names"):
-        raise ValueError(f"problems must be a datasets.Dataset, whose length is known, not a {type(dataset).__name__}")
-    if len(dataset) == 0:
-        raise ValueError("there are no problems to evaluate on; ask for at least one")
-    for column in ("prompt", "answer"):
-        if column not in dataset.column_names:
-            raise ValueError(
-                f"problems need the columns 'prompt' and 'answer', and these have {', '.join(dataset.column_names)}: "
-                f"rename the one that holds the {column}"
-            )
-    for index, prompt in enumerate(dataset["prompt"]):
-        if not isinstance(prompt, str | list) or not prompt:
-            raise ValueError(f"problem {index} has no prompt: {str(prompt)[:60]!r} is neither a text nor messages")
-    for index, answer in enumerate(dataset["answer"]):
-        if reference_to_text(answer) is None:
-            raise ValueError(
-                f"problem {index} has no answer to compare with: 'answer' is {str(answer)[:60]!r}, and must be a text "
-                "or a number; leave the problem out"
-            )
-
-
-def evaluate(
-    model: nn.Module,
+def generate_with_vllm(
+    vllm: "LLM",
     tokenizer: PreTrainedTokenizerBase,
-    dataset: "Dataset",
+    requests: Sequence[Request],
     *,
     max_new_tokens: int,
-    samples_per_item: int = 4,
-    batch_size: int = 64,
-    seed: int = 0,
-    accelerator: Accelerator | None = None,
-    vllm: "VLLMGeneration | None" = None,
-    description: str | None = "Evaluating",
-) -> Accuracy:
-    """Measure a policy's accuracy on problems with the columns `prompt` and `answer`.
+    end_ids: Sequence[int],
+    **options: Any,
+) -> list[Completion]:
+    """[`generate`] with a vLLM of one's own, which seeds each request; `options` are those of `LLM.generate`."""
+    from vllm import SamplingParams
 
-    Args:
-        model (`nn.Module`):
-            The policy, as the trainer holds it: wrapped, and shared out over processes, if `accelerator` is given.
-            Its mode and the state of the random number generators are as before afterwards.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer, with a chat template if prompts are conversational.
-        dataset (`datasets.Dataset`):
-            The problems: texts or messages in `prompt`, and in `answer` what [`reference_to_text`] understands.
-        max_new_tokens (`int`):
-            Longest completion, in tokens.
-        samples_per_item (`int`, *optional*, defaults to `4`):
-            Samples at temperature 1.0 for each problem; 0 leaves the sampled accuracy out.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Completions that are generated at once, on each process. vLLM makes its batches itself.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the samples.
-        accelerator (`Accelerator`, *optional*):
-            Where there are several processes: each takes its share of the problems, and all return the same figures.
-            Weights that are shared out are gathered for that time.
-        vllm (`VLLMGeneration`, *optional*):
-            The `vllm_generation` of a trainer with `use_vllm=True`: it is brought the policy's weights, and generates
-            in place of the policy. A server's samples do not depend on `seed`. TRL merges a LoRA adapter for that and
-            takes it out again, which leaves rounding in the weights, as it does whenever training generates.
-        description (`str` or `None`, *optional*, defaults to `"Evaluating"`):
-            Label of the progress bar; `None` shows none.
+    params = [
+        SamplingParams(
+            temperature=request.temperature,
+            seed=request.stream if request.temperature > 0 else None,
+            max_tokens=max_new_tokens,
+            stop_token_ids=list(end_ids),
+            skip_special_tokens=True,
+        )
+        for request in requests
+    ]
+    prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
+    outputs = vllm.generate(prompts, sampling_params=params, use_tqdm=False, **options)
+    return [_to_completion(tokenizer, list(output.outputs[0].token_ids), end_ids) for output in outputs]
 
-    Returns:
-        `Accuracy`:
-            The shares of right answers.
 
-    Raises:
-        ValueError: If there is no problem to evaluate on, a column is missing, or a problem has no answer. Nothing is
-            generated before that is known.
-    """
-    check_problems(dataset)
-    process_index = accelerator.process_index if accelerator is not None else 0
-    num_processes = accelerator.num_processes if accelerator is not None else 1
-    # Each process takes as many problems, the last ones twice if need be: where weights are shared out, all processes
-    # must generate equally often.
-    indices = range(process_index, len(dataset), num_processes)
-    share = dataset.select([*indices, *[len(dataset) - 1] * (-(-len(dataset) // num_processes) - len(indices))])
-    prompts, answers = list(share["prompt"]), list(share["answer"])[: len(indices)]
-    runs = [(0.0, 1)] + ([(1.0, samples_per_item)] if samples_per_item else [])
-    if accelerator is not None and not compat.holds_parts_of_parameters(model):
-        _bring_to(accelerator.device, model)
-    seed_offset = process_index
-    if vllm is not None:
-        seed_offset //= vllm.tensor_parallel_size  # processes that share a copy of the model share its samples
-        with torch.no_grad():
-            vllm.sync_weights()  # training does it when it next generates
-    generates_itself = vllm is None and accelerator is not None
-    unwrapped = unwrap_model_for_generation(model, accelerator) if generates_itself else nullcontext(model)
-    with (
-        unwrapped as policy,
-        undisturbed(policy, next(policy.parameters()).device),  # training goes on as if there had been no evaluation
-        tqdm(
-            total=len(share) * len(runs),
-            desc=description,
-            unit="problem",
-            disable=process_index != 0 or description is None,
-        ) as progress,
-    ):
-        set_seed(seed + seed_offset)
-        if vllm is not None:
-            generate = partial(_texts_from_vllm, vllm)
-        else:
-            generate = partial(generate_texts, policy, batch_size=batch_size)
-        texts = [
-            generate(
-                tokenizer,
-                prompts,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                num_samples=num_samples,
-                progress=progress,
-            )
-            for temperature, num_samples in runs
-        ]
-    strict, flexible, sampled = [], [], []
-    for index, answer in enumerate(answers):
-        strict.append(is_strictly_correct(texts[0][index][0], answer))
-        flexible.append(is_flexibly_correct(texts[0][index][0], answer))
-        if samples_per_item:
-            sampled += [is_strictly_correct(text, answer) for text in texts[1][index]]
-    if num_processes > 1:
-        strict, flexible, sampled = gather_object(strict), gather_object(flexible), gather_object(sampled)
-    return Accuracy(
-        strict=sum(strict) / len(strict),
-        flexible=sum(flexible) / len(flexible),
-        sampled=sum(sampled) / len(sampled) if sampled else None,
-        items=len(strict),
-        samples_per_item=samples_per_item,
-    )
+def _to_completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], end_ids: Sequence[int]) -> Completion:
+    """A completion of its tokens, which other rows' lengths may have padded behind the end."""
+    end = next((position for position, token in enumerate(ids) if token in end_ids), None)
+    ids = ids if end is None else ids[: end + 1]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return Completion(text, len(ids), "length" if end is None else "stop")

@@ -27,11 +27,13 @@ NUMBER = re.compile(
     re.VERBOSE,
 )
 
+# The command that LaTeX boxes a result with, and what its argument is made of.
+_BOXES = tuple(re.compile(rf"\\{command}(?![a-zA-Z])\s*+") for command in ("boxed", "fbox"))
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text
+_END_OF_BARE_BOX = re.compile(r"[$\n]|\\[)\]]")
+
 # What the system prompt shows where the answer should stand.
 PLACEHOLDER = "..."
-
-# What opens and closes a group in LaTeX; a brace behind a backslash is a character.
-_BRACE = re.compile(r"(?P<boxed>\\boxed\s*+\{)|\\[{}]|(?P<opening>\{)|(?P<closing>\})")
 
 # What stands before the final answer in GSM8K's own solutions.
 HASH_MARKER = "####"
@@ -64,19 +66,31 @@ def extract_hash_answer(text: str) -> str | None:
 
 
 def extract_boxed_answer(text: str) -> str | None:
-    """The stripped content of the last `\\boxed{...}` that is closed, braces within it balanced; `None` without one."""
-    opened: list[int | None] = []  # groups, each with where its content begins if it is a box
-    begin = end = -1
-    for brace in _BRACE.finditer(text):
-        if brace["boxed"]:
-            opened.append(brace.end())
-        elif brace["opening"]:
-            opened.append(None)
-        elif brace["closing"] and opened:
-            opening = opened.pop()
-            if opening is not None and opening > begin:
-                begin, end = opening, brace.start()
-    return text[begin:end].strip() if begin >= 0 else None
+    r"""What the last `\boxed{...}` holds, as MATH's solutions give their answers; `None` without it.
+
+    Braces within are balanced, escaped ones (`\{`) aside, and of boxes within a box the innermost counts. Without
+    braces (`\boxed 5`) it is what follows, to the end of the formula or line. `\fbox` counts where there is no
+    `\boxed`. A box that is not closed, is empty or holds the placeholder `...` gives no answer.
+    """
+    for command in _BOXES:
+        last = deque(command.finditer(text), maxlen=1)
+        if last:
+            answer = _boxed_from(text, last[0].end()).strip()
+            return None if answer in ("", PLACEHOLDER) else answer
+    return None
+
+
+def _boxed_from(text: str, start: int) -> str:
+    """The argument of the command that ends here; empty if it is not closed."""
+    if not text.startswith("{", start):
+        end = _END_OF_BARE_BOX.search(text, start)
+        return text[start : end.start() if end else len(text)]
+    depth = 0
+    for brace in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[start + 1 : brace.start()]
+    return ""
 
 
 def extract_last_number(text: str) -> str | None:

@@ -3,12 +3,11 @@ r"""From a row of a data set to a problem: its question, its answer, and how tha
 A layout is a function from a row to a [`Problem`], which raises `ValueError` where the row has none. Published data
 sets are told by their columns:
 
-| data set | columns | answer |
-|---|---|---|
-| GSM8K (Cobbe et al., arXiv 2110.14168) | `question`, `answer` | what follows `####` |
-| MATH (Hendrycks et al., arXiv 2103.03874), MATH-500 | `problem`, `solution` | `answer` if there is one, else the last `\boxed{}` |
-| SVAMP (Patel et al., arXiv 2103.07191) | `Body`, `Question` (or `question_concat`), `Answer` | as it is |
-| ASDiv (Miao et al., arXiv 2106.15772) | `body`, `question`, `answer` | without its unit |
+- GSM8K (Cobbe et al., arXiv 2110.14168): `question`, and `answer` with the final answer behind `####`;
+- MATH (Hendrycks et al., arXiv 2103.03874) and MATH-500: `problem`, and `answer` where there is one, else `solution`
+  with the final answer in the last `\boxed{}`;
+- SVAMP (Patel et al., arXiv 2103.07191): `Body` and `Question`, or both in `question_concat`, and `Answer`;
+- ASDiv (Miao et al., arXiv 2106.15772): `body`, `question`, and `answer` with a unit behind the number.
 """
 
 import re
@@ -27,9 +26,6 @@ from .prompts import format_solution
 # GSM8K's solutions carry the results of a calculator in place: "48/2 = <<48/2=24>>24".
 CALCULATOR_ANNOTATION = re.compile(r"<<[^<>]*>>")
 ID_COLUMNS = ("id", "ID", "unique_id")
-# Some of MATH's solutions box a single word without braces, as TeX allows, or draw the box with another command.
-_BARE_BOX = re.compile(r"\\boxed\s++([^\s$.{}]++)")
-_OTHER_BOX = re.compile(r"\\fbox\b")
 
 
 @dataclass(frozen=True)
@@ -55,19 +51,10 @@ class Problem:
 
 Layout: TypeAlias = Callable[[Row], Problem]
 
-def _extract_box(text: str) -> str | None:
-    """The last box of a solution, whichever command draws it."""
-    boxed = extract_boxed_answer(_OTHER_BOX.sub(r"\\boxed", text))
-    if boxed:
-        return boxed
-    bare = _BARE_BOX.findall(text)
-    return bare[-1] if bare else None
-
-
 # For each `answer_extractor`: what takes the answer out of a text, and what a text must have for that.
 ANSWER_EXTRACTORS: dict[str, tuple[Callable[[str], str | None], str]] = {
     "hash": (extract_hash_answer, f"'{HASH_MARKER}' followed by the final answer"),
-    "boxed": (_extract_box, r"'\boxed{}' with the final answer in it"),
+    "boxed": (extract_boxed_answer, r"'\boxed{}' with the final answer in it"),
     "tag": (extract_tagged_answer, "closed <answer> tag with the final answer in it"),
     "none": (str.strip, "text"),
 }

@@ -218,7 +218,9 @@ def _to_row(problem: Problem, system_prompt: str | None, with_example: bool) -> 
     }
 
 
-def _convert(row: Row, index: int, layout: Layout, to_row: Callable[[Problem], Row], columns: list[str], name: str) -> Row:
+def _convert(
+    row: Row, index: int, layout: Layout, to_row: Callable[[Problem], Row], columns: list[str], name: str
+) -> Row:
     """A row of a data set of which it is known already what all rows have."""
     made = to_row(_read(f"{name}, row {index}", row, layout))
     return {column: made[column] for column in columns}
