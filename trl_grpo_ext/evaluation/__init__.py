@@ -3,6 +3,7 @@
 - [`trl_grpo_ext.evaluation.grade`]: a completion against its reference, under four conventions;
 - [`trl_grpo_ext.evaluation.answers`]: files of answers, one line a completion;
 - [`trl_grpo_ext.evaluation.figures`]: shares, pass@k, maj@k and their intervals, of answers;
+- [`trl_grpo_ext.evaluation.comparison`]: two sets of answers to the same problems;
 - [`trl_grpo_ext.evaluation.statistics`]: the estimators behind them;
 - [`trl_grpo_ext.evaluation.generate`]: a policy's answers to a data set's questions.
 
@@ -17,6 +18,7 @@ from .grade import CONVENTIONS, Grade, grade  # at once: later, `grade` would be
 
 if TYPE_CHECKING:
     from .answers import Answer, append_answers, read_answers, write_answers
+    from .comparison import Comparison, Difference, compare_answers, comparison_table
     from .figures import Estimate, Figures, figures_of, table_of
     from .generate import Accuracy, check_problems, evaluate, generate_texts, is_flexibly_correct, is_strictly_correct
 
@@ -24,10 +26,14 @@ if TYPE_CHECKING:
 _MODULES = {
     "Accuracy": "generate",
     "Answer": "answers",
+    "Comparison": "comparison",
+    "Difference": "comparison",
     "Estimate": "figures",
     "Figures": "figures",
     "append_answers": "answers",
     "check_problems": "generate",
+    "compare_answers": "comparison",
+    "comparison_table": "comparison",
     "evaluate": "generate",
     "figures_of": "figures",
     "generate_texts": "generate",
@@ -41,11 +47,15 @@ __all__ = [
     "CONVENTIONS",
     "Accuracy",
     "Answer",
+    "Comparison",
+    "Difference",
     "Estimate",
     "Figures",
     "Grade",
     "append_answers",
     "check_problems",
+    "compare_answers",
+    "comparison_table",
     "evaluate",
     "figures_of",
     "generate_texts",
