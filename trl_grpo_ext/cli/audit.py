@@ -1,0 +1,105 @@
+"""`trl-grpo-ext audit`: do a data set's own references get full marks from a bundle of rewards?
+
+Exit status: 0 if every reference gets full marks, 1 if some do not, 2 if the data cannot be audited.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..arguments import OneLineParser
+from ..exits import stop
+from ._data import ColumnArguments, rewards_of
+
+
+if TYPE_CHECKING:
+    from ..rewards import AuditReport
+
+EXAMPLE = """
+trl-grpo-ext audit path/to/train.jsonl --bundle gsm8k
+trl-grpo-ext audit problems.csv --question_column task --answer_column result --bundle my_rewards.make_bundle
+"""
+
+
+@dataclass
+class AuditArguments(ColumnArguments):
+    """What is audited."""
+
+    bundle: str = field(
+        default="tag",
+        metadata={"help": "Rewards: gsm8k, tag, notebooks (gsm8k with the notebooks' quirks), or a dotted name."},
+    )
+    split: str = field(default="train", metadata={"help": "Split on the hub or in a folder; a file is taken whole."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration on the hub, or subfolder."})
+    failures: int = field(default=10, metadata={"help": "How many failures are listed."})
+
+    def __post_init__(self) -> None:
+        if self.failures < 0:
+            raise ValueError(f"--failures must not be negative, got {self.failures}")
+
+
+def main(arguments: list[str]) -> None:
+    parser = OneLineParser(
+        [AuditArguments],
+        prog="trl-grpo-ext audit",
+        description="Score each row's own reference as if a policy had written it, and list those that do not get "
+        "full marks: there a reward takes the right answer for a wrong one.",
+        example=EXAMPLE,
+    )
+    parser.add_argument("dataset", help="A JSON Lines, JSON, CSV or parquet file, a folder, or a name on the hub.")
+    options, named = parser.parse_or_stop(arguments)
+    bundle = rewards_of("bundle", options.bundle)
+
+    from ..rewards import audit
+    from ..tasks import load_problems
+
+    try:
+        problems = load_problems(
+            named.dataset, split=options.split, config=options.dataset_config, **options.columns()
+        )
+        report = audit(bundle, with_solutions(problems))
+    except (ValueError, OSError) as error:
+        stop(2, error)
+    print_report(report, options.failures)
+    sys.exit(0 if report.ok else 1)
+
+
+def with_solutions(problems: Any) -> Any:
+    """Problems with what a policy would have to write: where the data set does not say, the bare answer in its tags."""
+    if "solution" in problems.column_names:
+        return problems
+
+    from ..tasks import format_solution
+
+    return [{**row, "solution": format_solution(f"It is {row['answer']}.", row["answer"])} for row in problems]
+
+
+def print_report(report: "AuditReport", failures_shown: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("reward", "full marks", title=f"{report.rows:,} references")
+    for name, passed in report.passed.items():
+        table.add_row(name, f"{passed:,} of {report.rows:,}")
+    console.print(table)
+    for failure in report.failures[:failures_shown]:
+        score = "not scored" if failure.score is None else f"{failure.score:g}"
+        console.print(
+            f"row {failure.row}: {failure.reward} {score} of {failure.full_marks:g}, "
+            f"answer {failure.columns.get('answer')!r}",
+            markup=False,
+            highlight=False,
+        )
+    if len(report.failures) > failures_shown:
+        console.print(f"... and {len(report.failures) - failures_shown:,} more")
+    for column, rows in report.not_numbers.items():
+        if rows:
+            shown = ", ".join(map(str, rows[:failures_shown])) + (", ..." if len(rows) > failures_shown else "")
+            console.print(
+                f"warning: {len(rows):,} of the references in {column!r} are no plain numbers: answers to them are "
+                f"right only character for character (rows {shown})",
+                markup=False,
+                highlight=False,
+            )
+    console.print(f"{report.rows_with_full_marks:,} of {report.rows:,} references get full marks", highlight=False)
