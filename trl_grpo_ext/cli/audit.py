@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import OneLineParser
 from ..exits import stop
-from ._data import ColumnArguments, rewards_of
+from ..script_arguments import ColumnArguments
+from ._rewards import rewards_of
 
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> None:
 
     try:
         problems = load_problems(
-            named.dataset, split=options.split, config=options.dataset_config, **options.columns()
+            named.dataset, split=options.split, config=options.dataset_config, **options.columns
         )
         report = audit(bundle, with_solutions(problems))
     except (ValueError, OSError) as error:
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> None:
 
 
 def with_solutions(problems: Any) -> Any:
-    """Problems with what a policy would have to write: where the data set does not say, the bare answer in its tags."""
+    """Problems with what a policy would have to write: the bare answer in its tags if the data set does not say."""
     if "solution" in problems.column_names:
         return problems
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import OneLineParser
 from ..exits import stop
-from ._data import rewards_of
 from ._files import check_outputs, lines_of
+from ._rewards import rewards_of
 
 
 if TYPE_CHECKING:
@@ -91,20 +91,20 @@ def print_scores(scores: "Scores", bundle: "RewardBundle", title: str) -> None:
 
     from ..rewards.score import full_marks_of, summarize
 
-    table = Table(
-        "reward",
-        *("weight", "mean", "spread", "min", "max", "full marks", "not scored"),
-        title=f"{title}: {len(scores.total):,} completions",
-    )
+    table = Table(title=f"{title}: {len(scores.total):,} completions", title_justify="left")
+    table.add_column("reward", no_wrap=True)
+    for column in ("mean", "spread", "min", "max", "full marks", "not scored"):
+        table.add_column(column, justify="right")
     full_marks = full_marks_of(bundle)
     for name, weight in zip(bundle.names, bundle.weights, strict=True):
-        table.add_row(name, f"{weight:g}", *_cells(summarize(scores.by_reward[name], full_marks[name])))
+        shown = name if weight == 1 else f"{name} x {weight:g}"
+        table.add_row(shown, *_cells(summarize(scores.by_reward[name], full_marks[name])))
     known = [full_marks[name] for name in bundle.names]
     best = None
     if None not in known and min(bundle.weights) >= 0:  # each at its best is all at their best
         best = sum(weight * mark for weight, mark in zip(bundle.weights, known, strict=True) if mark is not None)
     table.add_section()
-    table.add_row("total", "", *_cells(summarize(scores.total, best)))
+    table.add_row("total", *_cells(summarize(scores.total, best)))
     Console().print(table)
 
 

@@ -1,0 +1,261 @@
+"""What a training script needs around its trainer; what it cannot have ends it with one line.
+
+In the order in which a script calls them: [`check_settings`], [`set_cpu_threads`], [`find_start`], [`find_bundle`],
+[`load_tokenizer`], [`model_init_kwargs`], [`make_trainer`], [`train`], [`save`], [`write_summary`].
+Exit status: 2 for wrong arguments, 1 for what could not be had.
+"""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from trl import GRPOTrainer, ModelConfig
+
+from .arguments import suggestion
+from .checkpoints import CheckpointError
+from .config import GRPOExtConfig
+from .embedded_policy import EMBEDDED_POLICY, embedded_policy_path
+from .evaluation.figures import Figures
+from .exits import stop
+from .ranks import BoundCollectiveCalls
+from .rewards.bundle import RewardBundle
+from .rewards.names import find_rewards
+from .runs import BeginRun, RunError, Start, choose_start
+from .script_arguments import RunArguments
+
+
+SUMMARY_FILE = "summary.json"
+PACKAGES = ("trl_grpo_ext", "torch", "trl", "transformers", "accelerate", "datasets", "peft")
+
+# TRL and transformers still use the old name between themselves; there is nothing that a user could change.
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
+
+
+class CompactProgress(ProgressCallback):
+    """The training bar with the reward in it, in place of a wall of metrics (they are in `trainer_state.json`)."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs and "reward" in logs:
+            shown = {"reward": logs["reward"], "accuracy": logs.get("accuracy")}
+            self.training_bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items() if value is not None})
+
+
+def check_settings(training_args: GRPOExtConfig, model_args: ModelConfig) -> None:
+    """End if training could not begin with these settings: what TRL would say later, or in many lines."""
+    if model_args.model_name_or_path is None:
+        stop(2, "--model_name_or_path is missing: name a model on the hub, a folder, or 'embedded'")
+    if training_args.temperature <= 0:
+        stop(
+            2, f"--temperature must be greater than 0, got {training_args.temperature}: all samples would be the same"
+        )
+    trackers = get_available_reporting_integrations()
+    for name in training_args.report_to:
+        if name not in trackers:
+            found = ", ".join(trackers) or "none"
+            stop(
+                2,
+                f"--report_to {name}: no such tracker is installed ({found})"
+                f"{suggestion(name, INTEGRATION_TO_CALLBACK)}; install it, or set --report_to none",
+            )
+
+
+def set_cpu_threads(training_args: GRPOExtConfig, threads: int | None) -> None:
+    """Use all cores of a CPU: `accelerate launch` leaves each process a single thread."""
+    if training_args.device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def find_start(run_args: RunArguments, training_args: GRPOExtConfig, settings: dict[str, Any]) -> Start:
+    """How this run begins, by its settings; ends if another one is in its place."""
+    try:
+        start = choose_start(
+            training_args.output_dir,
+            settings,
+            training_args.resume_from_checkpoint,
+            overwrite_run=run_args.overwrite_run,
+            allow_changed_settings=run_args.allow_changed_settings,
+        )
+    except RunError as error:
+        stop(2, error)
+    if training_args.process_index == 0:
+        for note in start.notes:
+            print(f"note: {note}", file=sys.stderr)
+    return start
+
+
+def find_bundle(option: str, names: str | list[str], training_args: GRPOExtConfig) -> RewardBundle:
+    """The rewards that an option names, with the weights of `--reward_weights` if that is there."""
+    try:
+        bundle = find_rewards(names)
+    except ValueError as error:
+        stop(2, f"--{option}: {error}")
+    try:
+        bundle = RewardBundle(bundle, training_args.reward_weights)
+    except ValueError as error:
+        stop(2, f"--reward_weights: {error}; the rewards are {', '.join(bundle.names)}")
+    if training_args.reward_weights is not None:
+        training_args.reward_weights = bundle.weights
+    return bundle
+
+
+@contextmanager
+def data_errors(option: str, name: Any, remedy: str = "") -> Iterator[None]:
+    """Ends with one line, which names the option, if a data set cannot be loaded."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        stop(1, f"--{option}: data set {name!r} cannot be loaded. {remedy}Cause: {error}")
+
+
+def model_path(model_args: ModelConfig) -> str:
+    """The model's name as transformers takes it: the embedded policy's is its folder's."""
+    name = model_args.model_name_or_path
+    return embedded_policy_path() if name == EMBEDDED_POLICY else name
+
+
+def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; ends if there is no such model, or if it does not know how messages are written."""
+    name = model_args.model_name_or_path
+    options = {"revision": model_args.model_revision, "trust_remote_code": trust_remote_code}
+    with model_errors(name):
+        AutoConfig.from_pretrained(model_path(model_args), **options)
+        tokenizer = AutoTokenizer.from_pretrained(model_path(model_args), **options)
+    if tokenizer.chat_template is None:
+        stop(1, f"model {name!r} has no chat template: choose an instruction-tuned model, the prompts are messages")
+    return tokenizer
+
+
+@contextmanager
+def model_errors(name: str) -> Iterator[None]:
+    """Ends with one line if a model cannot be loaded."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        stop(
+            1,
+            f"model {name!r} cannot be loaded. Without a network, name the folder of a downloaded model with "
+            f"--model_name_or_path, or use the embedded policy (--model_name_or_path embedded). Cause: {error}",
+        )
+
+
+def model_init_kwargs(training_args: GRPOExtConfig, model_args: ModelConfig) -> dict[str, Any]:
+    """How the model is loaded, as TRL's scripts have it: its options, and over them what is given for this."""
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+
+
+def make_trainer(trainer_class: type[GRPOTrainer], start: Start, **options: Any) -> Any:
+    """A trainer that knows which run it is; ends if its settings do not go together, or a package is missing."""
+    try:
+        trainer = trainer_class(**options)
+    except (ValueError, ImportError, OSError) as error:
+        stop(1, error)
+    trainer.run_record = start.record
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(CompactProgress)
+    trainer.add_callback(BoundCollectiveCalls)
+    trainer.add_callback(BeginRun(start))
+    return trainer
+
+
+def train(trainer: Any, start: Start) -> None:
+    """Train, from the beginning or the checkpoint; ends if the run, a checkpoint or a setting is not as it must be."""
+    if start.checkpoint is None and trainer.accelerator.is_main_process:
+        Path(trainer.args.output_dir, SUMMARY_FILE).unlink(missing_ok=True)  # an earlier attempt's
+    try:
+        trainer.train(resume_from_checkpoint=start.checkpoint)
+    except (RunError, CheckpointError, ImportError, ValueError) as error:
+        stop(1, error)
+
+
+def save(trainer: Any) -> None:
+    """Save the model and the trainer's state to the output folder, beside what the run was."""
+    trainer.save_model(trainer.args.output_dir)
+    trainer.save_state()
+
+
+def write_summary(
+    trainer: Any,
+    before: Mapping[str, Figures] | None,
+    after: Mapping[str, Figures] | None,
+    *,
+    seconds: float,
+    model: str,
+    dataset: str,
+) -> dict[str, Any]:
+    """Write `summary.json`: figures before and after, and what they were made with. Returns what is in it.
+
+    Figures of the first set of problems are its `accuracy`, those of others `accuracy_<set>`; `None` where nothing was
+    measured.
+    """
+    sets = list(after or before or {})
+    accuracy = {
+        "accuracy" if number == 0 else f"accuracy_{name}": {
+            "before": None if before is None else before[name].to_dict(),
+            "after": None if after is None else after[name].to_dict(),
+        }
+        for number, name in enumerate(sets)
+    }
+    summary = {
+        **accuracy,
+        "optimizer_steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "model": model,
+        "dataset": dataset,
+        "output_dir": trainer.args.output_dir,
+        "seed": trainer.args.seed,
+        "processes": trainer.accelerator.num_processes,
+        "versions": {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}},
+    }
+    file = Path(trainer.args.output_dir, SUMMARY_FILE)
+    file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def print_summary(
+    summary: Mapping[str, Any],
+    before: Mapping[str, Figures] | None,
+    after: Mapping[str, Figures] | None,
+    titles: Mapping[str, str] | None = None,
+) -> None:
+    """Show figures before and after side by side, each with its interval.
+
+    Args:
+        summary, before, after:
+            What [`write_summary`] has returned and been given.
+        titles (`Mapping[str, str]`, *optional*):
+            What the sets of problems are called.
+    """
+    try:
+        from rich.console import Console
+
+        from .evaluation.figures import table_of
+
+        console = Console()
+        console.print(f"[bold]{summary['model']} on {summary['dataset']}[/bold]")
+        for name in after or before or {}:
+            columns = {when: sets[name] for when, sets in (("before", before), ("after", after)) if sets is not None}
+            items = next(iter(columns.values())).items
+            console.print(table_of(columns, title=f"{(titles or {}).get(name, name)}, {items} items, in %"))
+    except ImportError:
+        print("note: tables need rich: pip install 'trl_grpo_ext[report]'", file=sys.stderr)
+    print(
+        f"{summary['optimizer_steps']} optimizer steps, {summary['seconds']:.0f} s; "
+        f"summary and model are in {summary['output_dir']}"
+    )
