@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers import TrainerCallback
 
 from .exits import Stop, one_line, stop
+from .trackers import finish_trackers
 
 
 __all__ = ["BoundCollectiveCalls", "Stop", "is_lost_connection", "is_so_anywhere", "run_as_rank", "stop"]
@@ -27,6 +28,8 @@ SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_FOR_THE_FIRST = 2.0
 # In which a launcher whose rank has failed ends: it gives the other ranks 30 s.
 SECONDS_FOR_THE_LAUNCHER = 60
+# For trackers to send what they have: all of it, or when this rank has failed and the others wait for its end, less.
+SECONDS_FOR_TRACKERS, SECONDS_FOR_TRACKERS_AFTER_A_FAILURE = 300, 15
 
 
 def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
@@ -44,6 +47,8 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
     - an exception ends the process at once, with a line that names rank, host and cause, which the launcher repeats at
       the end of its report; so the launcher can end the others, which may be waiting in a collective call. A process
       that has only lost the connection to another one leaves it the time to be seen first;
+    - trackers that are open (W&B, MLflow, Comet, Trackio, SwanLab) are finished, which else their hooks for an
+      interpreter's end do;
     - a finished process ends without deallocating its process group: that waits for gloo's threads, while they may be
       waiting for Python's lock, which the deallocating thread holds. Now and then such a process never ended. So
       `main` does not destroy the group either, as `Trainer.end` and `Accelerator.end_training` do.
@@ -93,6 +98,7 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
     if last_words is not None and _is_first_to_fail():
         _repeat_after(launcher, last_words)
     sys.stdout.flush()
+    finish_trackers(status, SECONDS_FOR_TRACKERS_AFTER_A_FAILURE if status else SECONDS_FOR_TRACKERS)
     sys.stderr.flush()
     os._exit(status)
 

@@ -12,7 +12,6 @@ evaluation.before["heldout"].estimates["strict"], evaluation.after["heldout"].es
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers import ProgressCallback, TrainerCallback
 
-from .answers import Answer, read_answers, write_answers
+from .answers import read_answers, write_answers, write_at_once, write_lines
 from .driver import check_problems, evaluate
 from .figures import Figures, figures_of
 
@@ -61,12 +60,12 @@ class Record:
     set: str
     figures: Figures
 
-    def to_json(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
         content = {"evaluation": self.evaluation, "step": self.step, "set": self.set}
-        return json.dumps({**content, "figures": self.figures.to_dict()})
+        return {**content, "figures": self.figures.to_dict()}
 
     @classmethod
-    def from_json(cls, line: str) -> "Record | None":
+    def from_line(cls, line: str) -> "Record | None":
         """A line's record; `None` if it is not one: of a file that was not written here, or by another version."""
         try:
             content = json.loads(line)
@@ -80,11 +79,12 @@ class EvaluationCallback(TrainerCallback):
     """Evaluates the policy before, during and after training; works with any `trl.GRPOTrainer`.
 
     During training `args.eval_strategy` says when: each time that the trainer evaluates (its own evaluation takes the
-    rewards of `eval_dataset`), this evaluates too. The figures' means go to every tracker as `eval/strict`,
-    `eval/answer`, `eval/pass@4` and so on, and into the trainer's own metrics, so that `metric_for_best_model="answer"`,
-    `load_best_model_at_end` and `EarlyStoppingCallback` work with them. `before` is logged at step 0 and `after` at
-    the last step, under the same names; with `load_best_model_at_end` it is the best model that `after` measures. The
-    same weights are not measured twice, so that `eval_on_start`, and an evaluation at the last step, cost nothing more.
+    rewards of `eval_dataset`), this evaluates too. The means of its figures go to every tracker, as `eval/strict`,
+    `eval/answer`, `eval/pass@4` and so on, and into the trainer's own metrics, so that
+    `metric_for_best_model="answer"`, `load_best_model_at_end` and `EarlyStoppingCallback` work with them. `before` is
+    logged at step 0 and `after` at the last step, under the same names; with `load_best_model_at_end` it is the best
+    model that `after` measures. The same weights are not measured twice: `eval_on_start`, and an evaluation at the
+    last step, cost nothing more.
 
     Completions come from the trainer's vLLM if it has one, which is brought the policy's weights, and from
     `model.generate` otherwise; prompts become tokens as in training. `rollout_func`, tools and environments take no
@@ -92,9 +92,9 @@ class EvaluationCallback(TrainerCallback):
 
     All answers are kept, in `before.jsonl`, `step-000100.jsonl` and `after.jsonl` (of further sets
     `before.<set>.jsonl` and so on), each of them whole or not there, and all figures with their intervals in
-    `figures.jsonl`. A fresh start removes those of an earlier attempt. A run that goes on from a checkpoint keeps those
-    that the checkpoint's log knows; its `before` is that of the untrained policy, from `before.jsonl`, or `None` where
-    that is missing.
+    `figures.jsonl`. A fresh start removes those of an earlier attempt. A run that goes on from a checkpoint keeps
+    those that the checkpoint's log knows; its `before` is that of the untrained policy, from `before.jsonl`, or `None`
+    where that is missing.
 
     Args:
         trainer (`GRPOTrainer`):
@@ -163,7 +163,9 @@ class EvaluationCallback(TrainerCallback):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
         if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature!r}; samples_per_item=0 only decodes greedily")
+            raise ValueError(
+                f"temperature must be above 0, got {temperature!r}; to decode only greedily, set samples_per_item=0"
+            )
         self.folder = Path(trainer.args.output_dir) / FOLDER if output_dir is None else Path(output_dir)
         self._forget()
 
@@ -275,10 +277,8 @@ class EvaluationCallback(TrainerCallback):
         if self._trainer.accelerator.is_main_process:
             for name in self.problems:
                 source, target = self._file(*self._latest, name), self._file(evaluation, self._latest[1], name)
-                if source.exists() and source != target:
-                    part = target.with_name(f".{target.name}.{os.getpid()}")
-                    shutil.copyfile(source, part)
-                    part.replace(target)
+                if source.exists():
+                    write_at_once(target, [source.read_bytes()])
         self._latest = evaluation, self._latest[1]
         self._keep_figures(evaluation)
 
@@ -304,10 +304,7 @@ class EvaluationCallback(TrainerCallback):
     def _write_figures(self) -> None:
         if self._trainer.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = self.folder / FIGURES_FILE
-            part = file.with_name(f".{file.name}.{os.getpid()}")
-            part.write_text("".join(f"{record.to_json()}\n" for record in self._records), encoding="utf-8")
-            part.replace(file)
+            write_lines(self.folder / FIGURES_FILE, (record.to_dict() for record in self._records))
 
     def _remove_all_but(self, kept: set[Path]) -> None:
         """Remove answers and figures of earlier attempts; nothing else that lies there."""
@@ -347,7 +344,7 @@ class EvaluationCallback(TrainerCallback):
             lines = (self.folder / FIGURES_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             return []
-        return [record for line in lines if (record := Record.from_json(line)) and record.set in self.problems]
+        return [record for line in lines if (record := Record.from_line(line)) and record.set in self.problems]
 
     def _is_in_log(self, record: Record, log_history: list[dict[str, Any]]) -> bool:
         number = list(self.problems).index(record.set)
