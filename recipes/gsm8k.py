@@ -22,7 +22,7 @@ from typing import Any
 from datasets import Dataset
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_grpo_ext import EvaluationCallback, GRPOExtConfig, GRPOExtTrainer, script
+from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, script
 from trl_grpo_ext.arguments import OneLineParser
 from trl_grpo_ext.ranks import run_as_rank, stop
 from trl_grpo_ext.runs import CHANGED, settings_of
@@ -137,10 +137,7 @@ def main(argv: list[str]) -> None:
     )
 
     # Training; before it, after it and at each of its evaluations the policy answers the held-out problems
-    evaluation = EvaluationCallback(
-        trainer, heldout, samples_per_item=args.eval_samples, batch_size=args.eval_batch_size
-    )
-    trainer.add_callback(evaluation)
+    evaluation = script.add_evaluation(trainer, heldout, args)
     script.train(trainer, start)
 
     # Results

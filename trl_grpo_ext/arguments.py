@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import MISSING, Field, fields
 from textwrap import dedent, indent
 from types import UnionType
@@ -24,6 +25,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "importance_sampling_level": ("token", "sequence"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
 }
+# Texts that name something for people: in a file, a number or a date is one too.
+LABELS = ("run_name", "project", "hub_model_id", "model_revision", "hub_revision", "dataset_config")
 
 
 class ArgumentError(ValueError):
@@ -70,6 +73,7 @@ class OneLineParser(TrlParser):
         self._check_values()
         for name, value in self.given.items():  # lists of a file, with numbers for texts
             setattr(parsed, name, value)
+        self.given = deepcopy(self.given)  # some dataclasses put objects into the lists that they are given
         return parsed, remaining
 
     def _check_values(self) -> None:
@@ -94,6 +98,10 @@ class OneLineParser(TrlParser):
             if choices is not None and value not in choices:
                 listed, nearest = ", ".join(map(repr, choices)), suggestion(str(value), map(str, choices))
                 raise ArgumentError(f"{item.name}: got {value!r}, which is none of {listed}{nearest}")
+            if (item.type is int and isinstance(value, float) and value.is_integer()) or (
+                item.type is bool and type(value) is int and value in (0, 1)
+            ):
+                self.given[item.name] = value = item.type(value)
             for kind, types in ((int, int), (float, (int, float)), (bool, bool)):
                 if item.type is kind and not isinstance(value, types):
                     raise ArgumentError(f"{item.name}: got {value!r}, which is no {kind.__name__}")
@@ -108,6 +116,32 @@ class OneLineParser(TrlParser):
         except ArgumentError as error:
             stop(2, error)
 
+    def parse_known_script(self, arguments: Sequence[str]) -> tuple[Any, ...]:
+        """[`parse_script`], which leaves what is no option to the caller.
+
+        Returns:
+            `tuple`:
+                What [`parse_script`] returns; behind it what of the file is no option, as `--name`, value, and so on;
+                and what of the command line is none.
+        """
+        arguments = _split_config(arguments)
+        if arguments.count("--config") > 1:
+            raise ArgumentError("--config is there twice: name one file")
+        if arguments[-1:] == ["--config"]:
+            raise ArgumentError("--config: the file's name is missing")
+        try:
+            return self.parse_args_and_config(
+                arguments, return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except YAMLError as error:
+            raise ArgumentError(f"{_file_of(arguments)}: {error}") from error
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+            message = str(error)
+            choice = re.search(r"(\S+) is not a valid \w+, please select one of \[(.*)\]", message)
+            if choice is not None:
+                message += suggestion(choice[1].strip("'"), [name.strip(" '") for name in choice[2].split(",")])
+            raise ArgumentError(message) from error
+
     def parse_script(self, arguments: Sequence[str], ignore: Iterable[str] = ()) -> tuple[Any, ...]:
         """The dataclasses, from the command line and the file that `--config` names there.
 
@@ -121,23 +155,8 @@ class OneLineParser(TrlParser):
             `tuple`:
                 The dataclasses, and behind them a namespace of what was added with `add_argument`, if anything was.
         """
-        arguments = [part for argument in arguments for part in _split_config(argument)]
-        if arguments.count("--config") > 1:
-            raise ArgumentError("--config is there twice: name one file")
-        if arguments[-1:] == ["--config"]:
-            raise ArgumentError("--config: the file's name is missing")
-        try:
-            *parsed, in_file, on_command_line = self.parse_args_and_config(
-                arguments, return_remaining_strings=True, separate_remaining_strings=True
-            )
-        except YAMLError as error:
-            raise ArgumentError(f"{_file_of(arguments)}: {error}") from error
-        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-            message = str(error)
-            choice = re.search(r"(\S+) is not a valid \w+, please select one of \[(.*)\]", message)
-            if choice is not None:
-                message += suggestion(choice[1].strip("'"), [name.strip(" '") for name in choice[2].split(",")])
-            raise ArgumentError(message) from error
+        arguments = _split_config(arguments)
+        *parsed, in_file, on_command_line = self.parse_known_script(arguments)
         names = {item.name for item in self._fields()}
         for option in on_command_line:
             name = option.partition("=")[0].lstrip("-").replace("-", "_")
@@ -168,6 +187,8 @@ def _is_deepspeed_available() -> bool:
 def _check_kind(name: str, value: Any, kinds: Sequence[Any]) -> Any:
     """A value that is of one of these types, numbers in lists made of texts; raises for another one."""
     without_none = [kind for kind in kinds if kind is not type(None)]
+    if without_none == [str] and name in LABELS and not isinstance(value, (str, bool, list, dict)):
+        return str(value)
     if without_none == [str] and not isinstance(value, (str, bool)):
         raise ArgumentError(f"{name}: got {value!r}, which is no text")
     if name.endswith("_kwargs") and not (isinstance(value, dict) or str(value).lstrip().startswith("{")):
@@ -190,9 +211,10 @@ def suggestion(name: str, names: Iterable[str], prefix: str = "") -> str:
     return f": did you mean {prefix}{nearest[0]}?" if nearest else ""
 
 
-def _split_config(argument: str) -> list[str]:
+def _split_config(arguments: Sequence[str]) -> list[str]:
     """TRL's parser knows `--config FILE`; other options may be written `--option=VALUE` as well."""
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+    pairs = (argument.split("=", 1) if argument.startswith("--config=") else [argument] for argument in arguments)
+    return [part for pair in pairs for part in pair]
 
 
 def _file_of(arguments: Sequence[str]) -> str:

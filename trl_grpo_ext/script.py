@@ -1,7 +1,8 @@
 """What a training script needs around its trainer; what it cannot have ends it with one line.
 
 In the order in which a script calls them: [`check_settings`], [`set_cpu_threads`], [`find_start`], [`find_bundle`],
-[`load_tokenizer`], [`model_init_kwargs`], [`make_trainer`], [`train`], [`save`], [`write_summary`].
+[`load_tokenizer`], [`model_init_kwargs`], [`make_trainer`], [`add_evaluation`], [`train`], [`save`],
+[`write_summary`], [`print_summary`].
 Exit status: 2 for wrong arguments, 1 for what could not be had.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback
@@ -25,7 +26,7 @@ from .arguments import suggestion
 from .checkpoints import CheckpointError
 from .config import GRPOExtConfig
 from .embedded_policy import EMBEDDED_POLICY, embedded_policy_path
-from .evaluation.figures import Figures
+from .evaluation import EvaluationCallback, Figures
 from .exits import stop
 from .ranks import BoundCollectiveCalls
 from .rewards.bundle import RewardBundle
@@ -33,6 +34,9 @@ from .rewards.names import find_rewards
 from .runs import BeginRun, RunError, Start, choose_start
 from .script_arguments import RunArguments
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SUMMARY_FILE = "summary.json"
 PACKAGES = ("trl_grpo_ext", "torch", "trl", "transformers", "accelerate", "datasets", "peft")
@@ -94,10 +98,12 @@ def find_start(run_args: RunArguments, training_args: GRPOExtConfig, settings: d
     return start
 
 
-def find_bundle(option: str, names: str | list[str], training_args: GRPOExtConfig) -> RewardBundle:
-    """The rewards that an option names, with the weights of `--reward_weights` if that is there."""
+def find_bundle(
+    option: str, names: str | list[str], training_args: GRPOExtConfig, others: RewardBundle | None = None
+) -> RewardBundle:
+    """The rewards that an option names, behind others, with the weights of `--reward_weights` if that is there."""
     try:
-        bundle = find_rewards(names)
+        bundle = (RewardBundle() if others is None else others) + find_rewards(names)
     except ValueError as error:
         stop(2, f"--{option}: {error}")
     try:
@@ -124,16 +130,29 @@ def model_path(model_args: ModelConfig) -> str:
     return embedded_policy_path() if name == EMBEDDED_POLICY else name
 
 
+def check_model(model_args: ModelConfig, trust_remote_code: bool) -> None:
+    """End if there is no such model."""
+    with model_errors(model_args.model_name_or_path):
+        AutoConfig.from_pretrained(
+            model_path(model_args), revision=model_args.model_revision, trust_remote_code=trust_remote_code
+        )
+
+
 def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The model's tokenizer; ends if there is no such model, or if it does not know how messages are written."""
-    name = model_args.model_name_or_path
-    options = {"revision": model_args.model_revision, "trust_remote_code": trust_remote_code}
-    with model_errors(name):
-        AutoConfig.from_pretrained(model_path(model_args), **options)
-        tokenizer = AutoTokenizer.from_pretrained(model_path(model_args), **options)
-    if tokenizer.chat_template is None:
-        stop(1, f"model {name!r} has no chat template: choose an instruction-tuned model, the prompts are messages")
+    check_model(model_args, trust_remote_code)
+    with model_errors(model_args.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_path(model_args), revision=model_args.model_revision, trust_remote_code=trust_remote_code
+        )
+    check_chat_template(tokenizer, model_args.model_name_or_path)
     return tokenizer
+
+
+def check_chat_template(processing_class: Any, model: str, prompt: Any = ()) -> None:
+    """End if prompts are messages and the model's tokenizer, or processor, does not know how these are written."""
+    if not isinstance(prompt, str) and getattr(processing_class, "chat_template", None) is None:
+        stop(1, f"model {model!r} has no chat template: choose an instruction-tuned model, the prompts are messages")
 
 
 @contextmanager
@@ -172,6 +191,20 @@ def make_trainer(trainer_class: type[GRPOTrainer], start: Start, **options: Any)
     trainer.add_callback(BoundCollectiveCalls)
     trainer.add_callback(BeginRun(start))
     return trainer
+
+
+def add_evaluation(
+    trainer: Any, problems: "Dataset | Mapping[str, Dataset]", run_args: RunArguments
+) -> EvaluationCallback:
+    """Let the trainer evaluate its policy on these problems: at both ends, and as `--eval_strategy` says."""
+    try:
+        evaluation = EvaluationCallback(
+            trainer, problems, samples_per_item=run_args.eval_samples, batch_size=run_args.eval_batch_size
+        )
+    except ValueError as error:
+        stop(1, error)
+    trainer.add_callback(evaluation)
+    return evaluation
 
 
 def train(trainer: Any, start: Start) -> None:
@@ -245,7 +278,7 @@ def print_summary(
     try:
         from rich.console import Console
 
-        from .evaluation.figures import table_of
+        from .evaluation import table_of
 
         console = Console()
         console.print(f"[bold]{summary['model']} on {summary['dataset']}[/bold]")

@@ -55,9 +55,7 @@ def main(arguments: list[str]) -> None:
     from ..tasks import load_problems
 
     try:
-        problems = load_problems(
-            named.dataset, split=options.split, config=options.dataset_config, **options.columns
-        )
+        problems = load_problems(named.dataset, split=options.split, config=options.dataset_config, **options.columns)
         report = audit(bundle, with_solutions(problems))
     except (ValueError, OSError) as error:
         stop(2, error)

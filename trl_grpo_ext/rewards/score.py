@@ -95,8 +95,7 @@ def summarize(scores: Sequence[float | None], full_marks: float | None = None) -
 def full_marks_of(bundle: RewardBundle) -> dict[str, float | None]:
     """The score of a perfect completion from each reward that knows it."""
     return {
-        name: getattr(reward_func, "full_marks", None)
-        for name, reward_func in zip(bundle.names, bundle, strict=True)
+        name: getattr(reward_func, "full_marks", None) for name, reward_func in zip(bundle.names, bundle, strict=True)
     }
 
 
