@@ -114,11 +114,11 @@ def main(argv: list[str]) -> None:
     script.set_cpu_threads(training_args, args.cpu_threads)
     start = script.find_start(args, training_args, settings)
 
-    # Problems and rewards
+    # Rewards and problems
+    bundle = script.find_bundle("bundle", args.bundle, training_args)
     remedy = "Without a network, give the path of GSM8K's train.jsonl, or use --dataset_name arithmetic. "
     with script.data_errors("dataset_name", args.dataset_name, remedy):
         train_dataset, heldout = load_datasets(args, training_args.seed)
-    bundle = script.find_bundle("bundle", args.bundle, training_args)
 
     # Policy and trainer
     tokenizer = script.load_tokenizer(model_args, training_args.trust_remote_code)

@@ -82,7 +82,7 @@ def choose_split(splits: Any, split: str, name: str, args: GRPOExtScriptArgument
                 "--question_column"
             )
         return dataset
-    columns = dict(args.columns)
+    columns: dict[str, Any] = dict(args.columns)
     if columns["question_column"] is None and "question" not in first:
         columns["question_column"] = "prompt"
     system_prompt = SYSTEM_PROMPT if args.system_prompt is None else args.system_prompt
@@ -135,12 +135,12 @@ def main(argv: list[str]) -> None:
     script.set_cpu_threads(training_args, args.cpu_threads)
     start = script.find_start(args, training_args, settings)
 
-    # Problems and rewards
+    # Rewards and problems
+    models = [args.reward_model_name_or_path] if args.reward_model_name_or_path else []
+    rewards = script.find_bundle("reward_funcs", args.reward_funcs or [], training_args, RewardBundle(models))
     evaluates_between = training_args.eval_strategy != "no"
     evaluates = evaluates_between or args.eval_dataset_name is not None
     train_dataset, eval_dataset = load_datasets(args, mixture_args, evaluates)
-    models = [args.reward_model_name_or_path] if args.reward_model_name_or_path else []
-    rewards = script.find_bundle("reward_funcs", args.reward_funcs or [], training_args, RewardBundle(models))
 
     # Policy and trainer
     name = model_args.model_name_or_path

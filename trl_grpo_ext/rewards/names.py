@@ -17,8 +17,8 @@ BUNDLES: dict[str, Callable[[], RewardBundle]] = {
     "notebooks": partial(gsm8k_bundle, as_in_notebooks=True),
     "tag": tag_bundle,
 }
-# What `trl grpo` calls by a short name; and if that makes a reward, with which arguments. They import torch, and so are
-# imported when they are asked for.
+# What `trl grpo` calls by a short name; and if that makes a reward, with which arguments. They import torch, so
+# they are imported when they are asked for.
 TRL_REWARDS: dict[str, dict[str, Any] | None] = {
     "accuracy_reward": None,
     "reasoning_accuracy_reward": None,

@@ -100,12 +100,12 @@ def load_problems(
         return _make_arithmetic(split, max_rows, seed, system_prompt, with_example)
     hub_name = HUB_NAMES.get(name_or_path, name_or_path)
     configs = CONFIGS.get(hub_name, ()) if config is None else (config,)
-    columns = {
+    columns: dict[str, Any] = {
         "question_column": question_column,
         "answer_column": answer_column,
         "answer_extractor": answer_extractor,
     }
-    shape = {"system_prompt": system_prompt, "with_example": with_example}
+    shape: dict[str, Any] = {"system_prompt": system_prompt, "with_example": with_example}
     if name_or_path in HUB_NAMES or not is_on_disk(name_or_path):
         dataset = _load_from_hub(hub_name, configs, split, max_rows)
         return to_problems(dataset, **columns, **shape, name=f"{hub_name} ({split})")
@@ -166,7 +166,7 @@ def load_files(
     layout = next((choose(row) for file in files for _, row in read_rows(file)), None)
     if layout is None:
         raise ValueError(f"{_listed(files)} has no rows: it must hold one JSON object a line, or parquet")
-    arguments = {
+    arguments: dict[str, Any] = {
         "files": [str(file.resolve()) for file in files],
         "layout": layout,
         "to_row": to_row,
