@@ -112,7 +112,7 @@ def test_a_small_run(tmp_path):
     assert "new numbers, known templates" in result.stdout
     assert "'rewards/" not in result.stdout
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in history if "rewards/correctness_reward_func/mean" in entry] == [1, 2]
+    assert any("rewards/correctness_reward_func/mean" in entry for entry in history)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert "Evaluating before" in result.stderr
 
@@ -178,7 +178,11 @@ def test_problems_of_a_file_are_split(recipe, tmp_path):
         (["--learing-rate=1"], 2, "did you mean --learning_rate?"),
         (["--learning_rate", "1", "2"], 2, "'2' belongs to no option"),
         (["--learning_rate", "fast"], 2, "--learning_rate/--learning-rate: invalid float value: 'fast'"),
-        (["--bundle", "gms8k"], 2, "--bundle: gms8k: there is no reward and no bundle of this name: did you mean gsm8k?"),
+        (
+            ["--bundle", "gms8k"],
+            2,
+            "--bundle: gms8k: there is no reward and no bundle of this name: did you mean gsm8k?",
+        ),
         (["--lr_scheduler_type", "linaer"], 2, "did you mean linear?"),
         (
             ["--config", "{folder}/misspelt.yaml"],

@@ -126,6 +126,17 @@ def test_slurm(slurm, tmp_path):
     assert sum(call.endswith(ending) for call in calls) == 3
 
 
+def test_slurm_starts_other_programs(slurm):
+    """The module knows which run it is; a script of somebody's own may have no such option."""
+    arguments = ["--config", "run.yaml"]
+    calls = slurm("train.sbatch", *arguments, TRAIN="-m trl_grpo_ext.grpo")[1]
+    assert [call.partition("20123 ")[2] for call in calls] == [
+        "-m trl_grpo_ext.grpo --resume_from_checkpoint auto --config run.yaml"
+    ] * 3
+    calls = slurm("train.sbatch", *arguments, TRAIN="my_script.py")[1]
+    assert sum(call.endswith(" 20123 my_script.py --config run.yaml") for call in calls) == 3
+
+
 @pytest.mark.parametrize(("tensor_parallel", "copies"), [(None, 4), (2, 2)])
 def test_slurm_with_vllm(tensor_parallel, copies, slurm):
     environment = {} if tensor_parallel is None else {"VLLM_TENSOR_PARALLEL": str(tensor_parallel)}

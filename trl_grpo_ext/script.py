@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +27,13 @@ from .arguments import suggestion
 from .checkpoints import CheckpointError
 from .config import GRPOExtConfig
 from .embedded_policy import EMBEDDED_POLICY, embedded_policy_path
-from .evaluation import EvaluationCallback, Figures
+from .evaluation import EvaluationCallback, Figures, table_of
 from .exits import stop
 from .ranks import BoundCollectiveCalls
 from .rewards.bundle import RewardBundle
 from .rewards.names import find_rewards
 from .runs import BeginRun, RunError, Start, choose_start
+from .screen import show
 from .script_arguments import RunArguments
 
 
@@ -275,19 +277,11 @@ def print_summary(
         titles (`Mapping[str, str]`, *optional*):
             What the sets of problems are called.
     """
-    try:
-        from rich.console import Console
-
-        from .evaluation import table_of
-
-        console = Console()
-        console.print(f"[bold]{summary['model']} on {summary['dataset']}[/bold]")
-        for name in after or before or {}:
-            columns = {when: sets[name] for when, sets in (("before", before), ("after", after)) if sets is not None}
-            items = next(iter(columns.values())).items
-            console.print(table_of(columns, title=f"{(titles or {}).get(name, name)}, {items} items, in %"))
-    except ImportError:
-        print("note: tables need rich: pip install 'trl_grpo_ext[report]'", file=sys.stderr)
+    print(f"{summary['model']} on {summary['dataset']}")
+    for name in after or before or {}:
+        columns = {when: sets[name] for when, sets in (("before", before), ("after", after)) if sets is not None}
+        items = next(iter(columns.values())).items
+        show(partial(table_of, columns, title=f"{(titles or {}).get(name, name)}, {items} items, in %"))
     print(
         f"{summary['optimizer_steps']} optimizer steps, {summary['seconds']:.0f} s; "
         f"summary and model are in {summary['output_dir']}"

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import OneLineParser
 from ..exits import stop
+from ..screen import show
 from ..script_arguments import ColumnArguments
 from ._rewards import rewards_of
 
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ..rewards import AuditReport
 
 EXAMPLE = """
@@ -74,31 +77,29 @@ def with_solutions(problems: Any) -> Any:
 
 
 def print_report(report: "AuditReport", failures_shown: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table("reward", "full marks", title=f"{report.rows:,} references")
-    for name, passed in report.passed.items():
-        table.add_row(name, f"{passed:,} of {report.rows:,}")
-    console.print(table)
+    show(lambda: make_table(report))
     for failure in report.failures[:failures_shown]:
         score = "not scored" if failure.score is None else f"{failure.score:g}"
-        console.print(
+        print(
             f"row {failure.row}: {failure.reward} {score} of {failure.full_marks:g}, "
-            f"answer {failure.columns.get('answer')!r}",
-            markup=False,
-            highlight=False,
+            f"answer {failure.columns.get('answer')!r}"
         )
     if len(report.failures) > failures_shown:
-        console.print(f"... and {len(report.failures) - failures_shown:,} more")
+        print(f"... and {len(report.failures) - failures_shown:,} more")
     for column, rows in report.not_numbers.items():
         if rows:
             shown = ", ".join(map(str, rows[:failures_shown])) + (", ..." if len(rows) > failures_shown else "")
-            console.print(
+            print(
                 f"warning: {len(rows):,} of the references in {column!r} are no plain numbers: answers to them are "
-                f"right only character for character (rows {shown})",
-                markup=False,
-                highlight=False,
+                f"right only character for character (rows {shown})"
             )
-    console.print(f"{report.rows_with_full_marks:,} of {report.rows:,} references get full marks", highlight=False)
+    print(f"{report.rows_with_full_marks:,} of {report.rows:,} references get full marks")
+
+
+def make_table(report: "AuditReport") -> "Table":
+    from rich.table import Table
+
+    table = Table("reward", "full marks", title=f"{report.rows:,} references")
+    for name, passed in report.passed.items():
+        table.add_row(name, f"{passed:,} of {report.rows:,}")
+    return table

@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import OneLineParser
 from ..exits import stop
+from ..screen import show
 from ._files import check_outputs, lines_of
 from ._rewards import rewards_of
 
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ..rewards import RewardBundle
     from ..rewards.score import Scores, Summary
 
@@ -63,7 +66,7 @@ def main(arguments: list[str]) -> None:
         stop(1, error)
     except OSError as error:
         stop(1, f"{options.output}: {error.strerror}")
-    print_scores(scores, bundle, files.completions)
+    show(lambda: make_table(scores, bundle, files.completions))
 
 
 def _to_row(place: str, line: Any, options: ScoreArguments) -> dict[str, Any]:
@@ -85,8 +88,8 @@ def _with_scores(lines: Any, scores: "Scores") -> Any:
         yield {**line, "scores": of_line, "reward": scores.total[index]}
 
 
-def print_scores(scores: "Scores", bundle: "RewardBundle", title: str) -> None:
-    from rich.console import Console
+def make_table(scores: "Scores", bundle: "RewardBundle", title: str) -> "Table":
+    """Each reward's scores, and those of all together, in a few numbers."""
     from rich.table import Table
 
     from ..rewards.score import full_marks_of, summarize
@@ -105,7 +108,7 @@ def print_scores(scores: "Scores", bundle: "RewardBundle", title: str) -> None:
         best = sum(weight * mark for weight, mark in zip(bundle.weights, known, strict=True) if mark is not None)
     table.add_section()
     table.add_row("total", *_cells(summarize(scores.total, best)))
-    Console().print(table)
+    return table
 
 
 def _cells(summary: "Summary") -> list[str]:
