@@ -1,11 +1,9 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset
-from launch import ROOT, load_script
+from launch import ROOT
 
 from trl_grpo_ext.rewards import (
     audit,
@@ -15,6 +13,7 @@ from trl_grpo_ext.rewards import (
     int_reward_func,
     tag_bundle,
 )
+from trl_grpo_ext.rewards.names import find_rewards
 from trl_grpo_ext.tasks import format_solution, load_arithmetic, load_gsm8k
 
 
@@ -88,13 +87,10 @@ def written_as_in_gsm8k(folder):
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "recipes" / "configs").glob("*.yaml")))
 def test_a_recipes_own_references_get_full_marks(tmp_path, config):
-    recipe = load_script(ROOT / "recipes" / "gsm8k.py")
     settings = yaml.safe_load((ROOT / "recipes" / "configs" / config).read_text())
-    bundle = recipe.BUNDLES[settings["bundle"]]()
+    bundle = find_rewards(settings["bundle"])
     assert audit(bundle, load_gsm8k(str(written_as_in_gsm8k(tmp_path)))).ok
     assert audit(bundle, load_arithmetic("train", 64)).ok
-    scripts_bundle = load_script(ROOT / "scripts" / "audit_rewards.py").BUNDLES[settings["bundle"]]()
-    assert scripts_bundle == bundle
 
 
 def stream(rows, calls):
@@ -164,33 +160,3 @@ def test_splits_are_no_rows():
     splits = DatasetDict({"train": load_arithmetic("train", 4)})
     with pytest.raises(TypeError, match=r"gives 'train' where a row, a dict, is expected: choose a split"):
         check_references(tag_bundle(), splits)
-
-
-def run_script(*arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "audit_rewards.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def test_script(tmp_path):
-    good = {"question": "q", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"}
-    file = tmp_path / "train.jsonl"
-    file.write_text("\n".join(json.dumps(line) for line in [good, good]))
-    result = run_script(file)
-    assert result.returncode == 0
-    assert "2 of 2 references get full marks" in result.stdout
-
-    file.write_text(json.dumps({"question": "q", "answer": "#### x = 1,080"}))
-    result = run_script(file, "--bundle", "gsm8k")
-    assert result.returncode == 1
-    assert "int_reward_func 0 of 0.5, answer 'x = 1,080'" in result.stdout
-    assert "1 of the references in 'answer' are no plain numbers" in " ".join(result.stdout.split())
-
-    file.write_text(json.dumps(good) + "\n" + json.dumps({"question": "q", "answer": "2"}))
-    result = run_script(file)
-    assert result.returncode == 2
-    assert "line 2: the answer has no '####'" in result.stderr
-    assert "Traceback" not in result.stderr

@@ -112,7 +112,7 @@ def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:
             # an empty field is no value, as in every reader of such files
             yield place, {name: value or None for name, value in row.items()}
     except csv.Error as error:
-        raise ValueError(f"{file}, line {reader.line_num}: not a line of CSV ({error})") from None
+        raise ValueError(f"{file}, line {reader.reader.line_num}: not a line of CSV ({error})") from None
 
 
 def _begins_with_a_list(file: Path) -> bool:
@@ -136,7 +136,8 @@ def _decode(place: str, text: bytes) -> str:
 
 def _check_row(place: str, row: Any) -> Row:
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: not a JSON object but a {type(row).__name__}")
+        kind = "number" if isinstance(row, Decimal) else type(row).__name__
+        raise ValueError(f"{place}: not a JSON object but a {kind}")
     return row
 
 

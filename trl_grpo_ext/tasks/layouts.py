@@ -97,7 +97,8 @@ def read_svamp(row: Row) -> Problem:
     question = _text(row, "question_concat") if row.get("question_concat") else _join(row, "Body", "Question")
     answer = _answer(row, "Answer")
     number = parse_plain_number(answer)
-    answer = answer if number is None else number_to_text(number) or answer
+    if number is not None and number.denominator == 1:
+        answer = number_to_text(number) or answer
     return _with_formula(row, question, answer, "Equation")
 
 

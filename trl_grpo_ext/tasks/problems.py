@@ -99,14 +99,16 @@ def load_problems(
     if name_or_path == ARITHMETIC:
         return _make_arithmetic(split, max_rows, seed, system_prompt, with_example)
     hub_name = HUB_NAMES.get(name_or_path, name_or_path)
-    configs = CONFIGS.get(hub_name, ()) if config is None else (config,)
+    is_on_hub = name_or_path in HUB_NAMES or not is_on_disk(name_or_path)
+    # in a folder, MATH's subjects are found by their names
+    configs = CONFIGS.get(hub_name, () if is_on_hub else _MATH_SUBJECTS) if config is None else (config,)
     columns: dict[str, Any] = {
         "question_column": question_column,
         "answer_column": answer_column,
         "answer_extractor": answer_extractor,
     }
     shape: dict[str, Any] = {"system_prompt": system_prompt, "with_example": with_example}
-    if name_or_path in HUB_NAMES or not is_on_disk(name_or_path):
+    if is_on_hub:
         dataset = _load_from_hub(hub_name, configs, split, max_rows)
         return to_problems(dataset, **columns, **shape, name=f"{hub_name} ({split})")
     return load_files(
