@@ -4,6 +4,8 @@
 - [`MultiIterationMixin`], [`GRPOExtTrainer`], [`GRPOExtConfig`]: several passes over one batch of rollouts;
 - [`SharedPrefixMixin`]: an update that computes each prompt once and no padding, with the same gradient;
 - [`WholeCheckpointsMixin`]: checkpoints that are whole or not there, whatever ends a run;
+- [`UndisturbedEvaluationMixin`]: an evaluation in between changes nothing of what is trained;
+- [`EvaluationCallback`]: held-out problems before, during and after training, in every tracker;
 - [`trl_grpo_ext.objective`]: the loss types and the sampler's correction as pure functions;
 - [`trl_grpo_ext.tasks`]: GSM8K, and word problems made from a seed;
 - [`trl_grpo_ext.evaluation`]: strict, flexible and sampled accuracy;
@@ -19,18 +21,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoints import WholeCheckpointsMixin
     from .config import GRPOExtConfig
+    from .evaluation.callback import EvaluationCallback
+    from .evaluation.undisturbed import UndisturbedEvaluationMixin
     from .iterations import MultiIterationMixin
     from .shared_prefix import SharedPrefixMixin
     from .trainer import GRPOExtTrainer
 
 __version__ = "0.1.0"
-__all__ = ["GRPOExtConfig", "GRPOExtTrainer", "MultiIterationMixin", "SharedPrefixMixin", "WholeCheckpointsMixin"]
+__all__ = [
+    "EvaluationCallback",
+    "GRPOExtConfig",
+    "GRPOExtTrainer",
+    "MultiIterationMixin",
+    "SharedPrefixMixin",
+    "UndisturbedEvaluationMixin",
+    "WholeCheckpointsMixin",
+]
 
 _MODULES = {
+    "EvaluationCallback": "evaluation.callback",
     "GRPOExtConfig": "config",
     "GRPOExtTrainer": "trainer",
     "MultiIterationMixin": "iterations",
     "SharedPrefixMixin": "shared_prefix",
+    "UndisturbedEvaluationMixin": "evaluation.undisturbed",
     "WholeCheckpointsMixin": "checkpoints",
 }
 

@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import MISSING, fields
 from datetime import timedelta
 from functools import cache
@@ -93,6 +94,35 @@ def sampling_logps_of(generated: tuple[Any, ...]) -> list[list[float | None]] | 
     """The log-probabilities of whoever sampled, in what `_generate` returns; `None` if they did not come with it."""
     logps: list[list[float | None]] | None = generated[4]
     return logps
+
+
+@contextmanager
+def evaluation_undone(trainer: GRPOTrainer) -> Iterator[None]:
+    """Behind it the trainer goes on as if it had not evaluated within.
+
+    Restored are the random generators, the modes of the model's modules, what TRL goes on with in training (the number
+    of micro-batches and the current ones), and the completions that it shows and writes with the next log, which else
+    were those of the evaluation until training generates again.
+    """
+    modes = {module: module.training for module in trainer.model_wrapped.modules()}
+    going_on_with = step(trainer), buffered_micro_batches(trainer), _copied_completions(trainer._logs)
+    with generators_restored(trainer.accelerator.device):
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            trainer._step, trainer._buffered_inputs, trainer._logs = going_on_with
+
+
+def _copied_completions(logs: dict[str, Any]) -> dict[str, Any]:
+    """TRL's columns of logged completions, each a deque or, by name, some of them."""
+    copies: dict[str, Any] = {}
+    for name, values in logs.items():
+        copies[name] = copy(values)
+        if isinstance(values, dict):
+            copies[name].update({inner: copy(column) for inner, column in values.items()})
+    return copies
 
 
 # Whose method it is

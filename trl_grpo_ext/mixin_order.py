@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 else:
     _GRPOTrainer = object  # a mixin may stand before any subclass of TRL's
 
-ORDER = ("WholeCheckpointsMixin", "MultiIterationMixin", "SharedPrefixMixin")
+ORDER = ("WholeCheckpointsMixin", "MultiIterationMixin", "SharedPrefixMixin", "UndisturbedEvaluationMixin")
 
 
 class OrderedMixin(_GRPOTrainer):

@@ -9,14 +9,19 @@ from trl import GRPOConfig, GRPOTrainer
 
 from .checkpoints import WholeCheckpointsMixin
 from .config import GRPOExtConfig, extension_setting
+from .evaluation.undisturbed import UndisturbedEvaluationMixin
 from .iterations import MultiIterationMixin
 from .rewards.audit import check_references
 from .rewards.bundle import RewardBundle, refuse_what_is_no_reward
 from .shared_prefix import SharedPrefixMixin
 
 
-class GRPOExtTrainer(WholeCheckpointsMixin, MultiIterationMixin, SharedPrefixMixin, GRPOTrainer):
+class GRPOExtTrainer(
+    WholeCheckpointsMixin, MultiIterationMixin, SharedPrefixMixin, UndisturbedEvaluationMixin, GRPOTrainer
+):
     """`trl.GRPOTrainer` with multi-iteration clipping, a shared prefix, and checkpoints that are whole or not there.
+
+    Evaluations in between do not change what it trains.
 
     Arguments are the same, in the same order, with a [`GRPOExtConfig`] for `args`. Besides, it knows the rewards of
     this package: the weights of a [`RewardBundle`] are taken from it (and `args.reward_weights` must not contradict

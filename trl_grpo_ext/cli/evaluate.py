@@ -45,7 +45,9 @@ class EvaluateArguments:
     max_new_tokens: int = field(default=512, metadata={"help": "Longest answer, in tokens."})
     samples_per_item: int = field(
         default=0,
-        metadata={"help": "Samples of each problem beside the greedy answer, for mean@n, pass@k and maj@k. Default: none."},
+        metadata={
+            "help": "Samples of each problem beside the greedy answer, for mean@n, pass@k and maj@k. Default: none."
+        },
     )
     temperature: float = field(default=1.0, metadata={"help": "The samples' temperature."})
     batch_size: int = field(
@@ -85,7 +87,9 @@ class EvaluateArguments:
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"--temperature must be a number above 0, got {self.temperature}")
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"--gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}")
+            raise ValueError(
+                f"--gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
+            )
 
 
 def main(arguments: list[str]) -> None:

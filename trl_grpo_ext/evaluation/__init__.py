@@ -8,6 +8,7 @@
 - [`trl_grpo_ext.evaluation.generate`]: completions, from transformers or vLLM;
 - [`trl_grpo_ext.evaluation.driver`]: a policy's answers to a data set's problems;
 - [`trl_grpo_ext.evaluation.policies`]: a policy from wherever it lies.
+- [`trl_grpo_ext.evaluation.callback`]: all of it before, during and after training.
 
 Grading imports no torch; names are looked up when they are first used.
 """
@@ -20,6 +21,7 @@ from .grade import CONVENTIONS, Grade, grade  # at once: later, `grade` would be
 
 if TYPE_CHECKING:
     from .answers import Answer, append_answers, read_answers, write_answers
+    from .callback import EvaluationCallback
     from .comparison import Comparison, Difference, compare_answers, comparison_table
     from .driver import Evaluation, check_problems, evaluate
     from .figures import Estimate, Figures, figures_of, table_of
@@ -32,6 +34,7 @@ _MODULES = {
     "Difference": "comparison",
     "Estimate": "figures",
     "Evaluation": "driver",
+    "EvaluationCallback": "callback",
     "Figures": "figures",
     "Policy": "policies",
     "PolicyError": "policies",
@@ -53,6 +56,7 @@ __all__ = [
     "Difference",
     "Estimate",
     "Evaluation",
+    "EvaluationCallback",
     "Figures",
     "Grade",
     "Policy",

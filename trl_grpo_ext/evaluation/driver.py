@@ -9,8 +9,8 @@ appends them to a file, so that whatever ends an evaluation costs a chunk, and c
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
 
 from .. import compat
@@ -154,6 +155,7 @@ def evaluate(
     settings: Mapping[str, Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     end_ids: Sequence[int] | None = None,
+    unwrap_options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Let a policy answer problems, greedily and with samples, and grade the answers.
 
@@ -203,6 +205,9 @@ def evaluate(
         end_ids (`Sequence[int]`, *optional*):
             Tokens that end a completion. By default the tokenizer's, and those that the model's generation settings
             name.
+        unwrap_options (`Mapping[str, Any]`, *optional*):
+            Further arguments of TRL's `unwrap_model_for_generation`, where training uses them: it turns gradient
+            checkpointing off and, with `gradient_checkpointing_kwargs`, on again.
 
     Returns:
         `Evaluation`:
@@ -274,6 +279,7 @@ def evaluate(
             accelerator=accelerator,
             vllm=vllm,
             end_ids=end_ids,
+            unwrap_options=unwrap_options or {},
         )
     order = {problem.id: position for position, problem in enumerate(problems)}
     answers = sorted(found.values(), key=lambda answer: (order[answer.id], answer.temperature, answer.sample))
@@ -430,6 +436,7 @@ def _generate_all(
     accelerator: Accelerator | None,
     vllm: "VLLMGeneration | LLM | None",
     end_ids: Sequence[int] | None,
+    unwrap_options: Mapping[str, Any],
 ) -> None:
     """Generate the answers that are asked for, and `keep` each chunk of them; all processes call it together."""
     if not tasks:
@@ -444,7 +451,7 @@ def _generate_all(
             vllm.sync_weights()  # training does it when it next generates
     within: AbstractContextManager[Any] = nullcontext(model)
     if vllm is None and accelerator is not None:
-        within = unwrap_model_for_generation(model, accelerator)
+        within = _unwrapped(model, accelerator, unwrap_options)
     with within as policy, _undisturbed(policy):  # training goes on as if there had been no evaluation
         end_ids = end_ids_of(tokenizer, _generation_config(policy)) if end_ids is None else end_ids
         options = {"max_new_tokens": max_new_tokens, "end_ids": end_ids}
@@ -473,6 +480,17 @@ def _generate_all(
             if num_processes > 1:
                 drawn = gather_object(drawn)
             keep([_to_answer(task, completion) for task, completion in zip(chunk, drawn, strict=False)])
+
+
+@contextmanager
+def _unwrapped(model: nn.Module, accelerator: Accelerator, options: Mapping[str, Any]) -> Iterator[PreTrainedModel]:
+    """Within it the policy can generate, whatever holds its weights."""
+    with (
+        unwrap_model_for_generation(model, accelerator, **options) as policy,
+        torch.no_grad(),
+        DistributedBackend(accelerator).summon_full_params(model, recurse=False),  # those outside of FSDP's units
+    ):
+        yield policy
 
 
 def _chunks(tasks: Sequence[Task], size: int) -> Any:
