@@ -1,10 +1,10 @@
 """Completions for an evaluation, from transformers or from vLLM: text, number of tokens, and why it ends.
 
 A sample must be the same whatever it is generated together with, so its random numbers are its own: a stream that is
-seeded from the evaluation's seed, the problem and the number of the sample. The Gumbel-max trick (Gumbel 1954; Maddison
-et al., arXiv 1411.0030) makes samples of them: the largest of `logits / temperature + noise` is distributed as softmax
-says. Rounding moves it to another token about as rarely as it does without noise, where drawing from cumulated
-probabilities would let one changed bit shift everything behind it.
+seeded from the evaluation's seed, the problem and the number of the sample. The Gumbel-max trick (Maddison, Tarlow and
+Minka, arXiv 1411.0030) makes samples of them: the largest of `logits / temperature + noise` is distributed as softmax
+says. Rounding moves it to another token about as rarely as it does without noise; drawing from cumulated
+probabilities, the rounding of all tokens before it would count.
 """
 
 import hashlib
@@ -235,9 +235,8 @@ def generate_with_vllm(
     *,
     max_new_tokens: int,
     end_ids: Sequence[int],
-    **options: Any,
 ) -> list[Completion]:
-    """[`generate`] with a vLLM of one's own, which seeds each request; `options` are those of `LLM.generate`."""
+    """[`generate`] with a vLLM of one's own, which seeds each request."""
     from vllm import SamplingParams
 
     params = [
@@ -251,7 +250,7 @@ def generate_with_vllm(
         for request in requests
     ]
     prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
-    outputs = vllm.generate(prompts, sampling_params=params, use_tqdm=False, **options)
+    outputs = vllm.generate(prompts, sampling_params=params, use_tqdm=False)
     return [_to_completion(tokenizer, list(output.outputs[0].token_ids), end_ids) for output in outputs]
 
 
