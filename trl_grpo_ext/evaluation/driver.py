@@ -447,6 +447,7 @@ def _generate_all(
             vllm.sync_weights()  # training does it when it next generates
     within: AbstractContextManager[Any] = nullcontext(model)
     if vllm is None and accelerator is not None:
+        assert model is not None
         within = _unwrapped(model, accelerator, unwrap_options)
     with within as policy, _undisturbed(policy):  # training goes on as if there had been no evaluation
         options = {"max_new_tokens": max_new_tokens, "end_ids": _end_ids(tokenizer, policy, vllm)}
