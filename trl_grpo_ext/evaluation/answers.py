@@ -24,7 +24,7 @@ from typing import Any
 
 from ..rewards.references import reference_to_text
 from ..rewards.text import completion_to_text
-from .grade import grade
+from .grade import CONVENTIONS, grade
 
 
 FINISH_REASONS = ("stop", "length")
@@ -82,7 +82,7 @@ class Answer:
         if not isinstance(line, Mapping):
             raise ValueError(f"an object with the keys {_listed(REQUIRED)} is expected, not a {type(line).__name__}")
         line = dict(line)
-        if "reference" in line and isinstance(line.get("answer"), bool):  # a verdict of that name stands in its place
+        if "reference" in line and all(isinstance(line.get(name), bool) for name in CONVENTIONS):  # graded before
             line["answer"] = line["reference"]
         missing = [key for key in REQUIRED if key not in line]
         if missing:

@@ -65,10 +65,13 @@ class Evaluation:
             All answers, in the order of the problems, each problem's greedy one first.
         figures (`Figures`):
             What they amount to.
+        generated (`int`):
+            How many of the answers were not on disk yet.
     """
 
     answers: list[Answer]
     figures: Figures
+    generated: int
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def evaluate(
     answers_file: str | os.PathLike[str] | None = None,
     settings: Mapping[str, Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    vllm_options: Mapping[str, Any] | None = None,
+    end_ids: Sequence[int] | None = None,
     unwrap_options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Let a policy answer problems, greedily and with samples, and grade the answers.
@@ -199,8 +202,9 @@ def evaluate(
             other settings are refused.
         chat_template_kwargs (`Mapping[str, Any]`, *optional*):
             Further arguments of the chat template.
-        vllm_options (`Mapping[str, Any]`, *optional*):
-            Further arguments of `LLM.generate`.
+        end_ids (`Sequence[int]`, *optional*):
+            Tokens that end a completion. By default the tokenizer's, and those that the model's generation settings
+            name.
         unwrap_options (`Mapping[str, Any]`, *optional*):
             Further arguments of TRL's `unwrap_model_for_generation`, where training uses them: it turns gradient
             checkpointing off and, with `gradient_checkpointing_kwargs`, on again.
@@ -274,14 +278,14 @@ def evaluate(
             seed=seed,
             accelerator=accelerator,
             vllm=vllm,
-            vllm_options=vllm_options,
+            end_ids=end_ids,
             unwrap_options=unwrap_options or {},
         )
     order = {problem.id: position for position, problem in enumerate(problems)}
     answers = sorted(found.values(), key=lambda answer: (order[answer.id], answer.temperature, answer.sample))
     if file is not None and main_process:
         write_answers(file.path, answers)
-    return Evaluation(answers, figures_of(answers, seed=seed))
+    return Evaluation(answers, figures_of(answers, seed=seed), generated=len(missing))
 
 
 class AnswersFile:
@@ -431,7 +435,7 @@ def _generate_all(
     seed: int,
     accelerator: Accelerator | None,
     vllm: "VLLMGeneration | LLM | None",
-    vllm_options: Mapping[str, Any] | None,
+    end_ids: Sequence[int] | None,
     unwrap_options: Mapping[str, Any],
 ) -> None:
     """Generate the answers that are asked for, and `keep` each chunk of them; all processes call it together."""
@@ -450,14 +454,15 @@ def _generate_all(
         assert model is not None
         within = _unwrapped(model, accelerator, unwrap_options)
     with within as policy, _undisturbed(policy):  # training goes on as if there had been no evaluation
-        options = {"max_new_tokens": max_new_tokens, "end_ids": _end_ids(tokenizer, policy, vllm)}
+        end_ids = end_ids_of(tokenizer, _generation_config(policy)) if end_ids is None else end_ids
+        options = {"max_new_tokens": max_new_tokens, "end_ids": end_ids}
         complete: Callable[..., list[Completion]]
         if vllm is None:
             complete = partial(generate, policy, tokenizer, **options)
         elif is_trainers:
             complete = partial(generate_with_trainers_vllm, vllm, tokenizer, **options)
         else:
-            complete = partial(generate_with_vllm, vllm, tokenizer, **options, **(vllm_options or {}))
+            complete = partial(generate_with_vllm, vllm, tokenizer, **options)
         for chunk in _chunks(tasks, (batch_size if vllm is None else ANSWERS_OF_VLLM_AT_ONCE) * num_processes):
             requests = [
                 Request(task.problem.prompt_ids, task.temperature, stream_of(seed, task.problem.id, task.sample))
@@ -501,14 +506,11 @@ def _undisturbed(policy: nn.Module | None) -> AbstractContextManager[None]:
     return nullcontext() if policy is None else undisturbed(policy, next(policy.parameters()).device)
 
 
-def _end_ids(tokenizer: PreTrainedTokenizerBase, policy: nn.Module | None, vllm: Any) -> list[int]:
-    """The tokens that end a completion."""
-    if policy is None:  # a vLLM of one's own has read the model's generation settings
-        named = vllm.get_default_sampling_params().stop_token_ids
-        return sorted({*named, tokenizer.eos_token_id} - {None})
-    while not hasattr(policy, "generation_config"):
-        policy = policy.module  # wrapped for training
-    return end_ids_of(tokenizer, policy.generation_config)
+def _generation_config(policy: Any) -> Any:
+    """The model's generation settings, whatever it is wrapped in for training."""
+    while policy is not None and not hasattr(policy, "generation_config"):
+        policy = getattr(policy, "module", None)
+    return policy and policy.generation_config
 
 
 def _to_answer(task: Task, completion: Completion) -> Answer:

@@ -173,7 +173,7 @@ def values_of_samples(
             The smallest number of samples of a problem.
     """
     n = np.array([len(answers) for answers in problems])
-    verdicts = [[_is_right(answer, convention) for answer in answers] for answers in problems]
+    verdicts = [[is_right(answer, convention) for answer in answers] for answers in problems]
     right = np.array([sum(found) for found in verdicts])
     votes = [[_vote(answer, convention) for answer in answers] for answers in problems]
     sizes = sizes_of_subsets(num_samples)
@@ -231,11 +231,11 @@ def _is_of_samples(name: str) -> bool:
 
 def _is_shown(name: str) -> bool:
     """Whether a figure is one of the few for a table or a tracker: of samples, one convention's are enough."""
-    prefixes = tuple(_prefix_of(convention) for convention in CONVENTIONS if convention != MAIN)
+    prefixes = tuple(prefix_of(convention) for convention in CONVENTIONS if convention != MAIN)
     return not _is_of_samples(name) or name.startswith("strict_mean@") or not name.startswith(prefixes)
 
 
-def _prefix_of(convention: str) -> str:
+def prefix_of(convention: str) -> str:
     return "" if convention == MAIN else f"{convention}_"
 
 
@@ -245,7 +245,7 @@ def _figures_of_completions(problems: list[list[Answer]], seed: int) -> dict[str
     are_lengths_known = all(answer.tokens is not None for answer in answers)
 
     def count(of_problem: list[Answer]) -> dict[str, int]:
-        counts = {name: sum(_is_right(answer, name) for answer in of_problem) for name in CONVENTIONS}
+        counts = {name: sum(is_right(answer, name) for answer in of_problem) for name in CONVENTIONS}
         counts["format"] = sum((answer.extracted or {}).get("strict") is not None for answer in of_problem)
         if are_ends_known:
             counts["truncated"] = sum(answer.finish_reason == "length" for answer in of_problem)
@@ -274,7 +274,7 @@ def _figures_of_samples(problems: list[list[Answer]], seed: int) -> dict[str, Es
     never_and_always: dict[str, np.ndarray] = {}
     order = []
     for convention in (MAIN, *(convention for convention in CONVENTIONS if convention != MAIN)):
-        prefix = _prefix_of(convention)
+        prefix = prefix_of(convention)
         values = {
             f"{prefix}{name}": value for name, value in values_of_samples(problems, convention, num_samples).items()
         }
@@ -296,7 +296,7 @@ def _estimates(names: Sequence[str], means: Any, low: Any, high: Any) -> dict[st
     return {name: Estimate(*map(float, bounds)) for name, *bounds in zip(names, means, low, high, strict=True)}
 
 
-def _is_right(answer: Answer, convention: str) -> bool:
+def is_right(answer: Answer, convention: str) -> bool:
     assert answer.correct is not None
     return answer.correct[convention]
 

@@ -235,9 +235,8 @@ def generate_with_vllm(
     *,
     max_new_tokens: int,
     end_ids: Sequence[int],
-    **options: Any,
 ) -> list[Completion]:
-    """[`generate`] with a vLLM of one's own, which seeds each request; `options` are those of `LLM.generate`."""
+    """[`generate`] with a vLLM of one's own, which seeds each request."""
     from vllm import SamplingParams
 
     params = [
@@ -251,7 +250,7 @@ def generate_with_vllm(
         for request in requests
     ]
     prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
-    outputs = vllm.generate(prompts, sampling_params=params, use_tqdm=False, **options)
+    outputs = vllm.generate(prompts, sampling_params=params, use_tqdm=False)
     return [_to_completion(tokenizer, list(output.outputs[0].token_ids), end_ids) for output in outputs]
 
 

@@ -1,8 +1,23 @@
-"""Data sets with the columns `prompt` (messages), `answer` and `solution`."""
+"""Data sets with the columns `prompt` (messages), `answer`, `id` and `solution` where they have them."""
 
 from .arithmetic import load_arithmetic
-from .gsm8k import load_gsm8k
+from .layouts import ANSWER_EXTRACTORS
+from .problems import load_problems, to_problems
 from .prompts import SYSTEM_PROMPT, format_solution, to_prompt
+from .published import TASKS, load_asdiv, load_gsm8k, load_math, load_svamp
 
 
-__all__ = ["SYSTEM_PROMPT", "format_solution", "load_arithmetic", "load_gsm8k", "to_prompt"]
+__all__ = [
+    "ANSWER_EXTRACTORS",
+    "SYSTEM_PROMPT",
+    "TASKS",
+    "format_solution",
+    "load_arithmetic",
+    "load_asdiv",
+    "load_gsm8k",
+    "load_math",
+    "load_problems",
+    "load_svamp",
+    "to_problems",
+    "to_prompt",
+]

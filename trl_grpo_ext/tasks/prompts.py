@@ -11,19 +11,24 @@ SYSTEM_PROMPT = """Respond in the following format:
 
 
 def to_prompt(
-    question: str, system_prompt: str | None = SYSTEM_PROMPT, with_example: bool = False
+    question: str | list[dict[str, str]], system_prompt: str | None = SYSTEM_PROMPT, with_example: bool = False
 ) -> list[dict[str, str]]:
     """A question as the messages of a conversational prompt, after one that is answered as it should be if asked for.
 
     A small model that never writes the tags by itself is never rewarded and never learns; the example gets it started.
+    A question that is messages already keeps them; with a system message of its own it is not given another one.
     """
-    messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    asked = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    has_own = asked[0]["role"] == "system"
+    messages = asked[:1] if has_own else []
+    if system_prompt is not None and not has_own:
+        messages = [{"role": "system", "content": system_prompt}]
     if with_example:
         messages += [
             {"role": "user", "content": EXAMPLE_QUESTION},
             {"role": "assistant", "content": EXAMPLE_SOLUTION},
         ]
-    return [*messages, {"role": "user", "content": question}]
+    return [*messages, *asked[has_own:]]
 
 
 def format_solution(reasoning: str, answer: str) -> str:

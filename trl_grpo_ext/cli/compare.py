@@ -1,0 +1,81 @@
+"""`trl-grpo-ext compare`: two files of answers to the same problems."""
+
+from dataclasses import dataclass, field
+
+from ..arguments import OneLineParser
+from ..evaluation.grade import CONVENTIONS
+from ..exits import stop
+from ._files import check_outputs, graded_answers, lines_of, write_json
+
+
+EXAMPLE = """
+trl-grpo-ext compare before.jsonl after.jsonl
+trl-grpo-ext compare before.jsonl after.jsonl --convention lm_eval_flexible --output comparison.json
+"""
+
+
+@dataclass
+class CompareArguments:
+    """How they are compared."""
+
+    convention: str = field(
+        default="answer",
+        metadata={
+            "help": "What the conclusion and the samples' figures go by; the table has the others beside it.",
+            "choices": list(CONVENTIONS),
+        },
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "File for the differences: JSON, with intervals and p-values."}
+    )
+    ignore_prompts: bool = field(
+        default=False,
+        metadata={"help": "Pair problems by their ids alone: for two prompts that put the same questions."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, got {self.seed}")
+
+
+def main(arguments: list[str]) -> None:
+    parser = OneLineParser(
+        [CompareArguments],
+        prog="trl-grpo-ext compare",
+        description="Compare two sets of answers to the same problems, paired by their ids: the difference with its "
+        "95 % interval (paired bootstrap) and, where each problem has one completion, McNemar's exact test.",
+        example=EXAMPLE,
+    )
+    parser.add_argument("a", help="Answers, as `trl-grpo-ext grade` takes them.")
+    parser.add_argument("b", help="Answers to the same problems; differences are b minus a.")
+    options, files = parser.parse_or_stop(arguments)
+    check_outputs({"a": files.a, "b": files.b}, {"--output": options.output})
+
+    from rich.console import Console
+
+    from ..evaluation.comparison import compare_answers, comparison_table
+
+    a, b = (graded_answers(path, lines_of(path)) for path in (files.a, files.b))
+    try:
+        comparison = compare_answers(a, b, ignore_prompts=options.ignore_prompts, seed=options.seed)
+    except ValueError as error:
+        stop(1, f"{files.a} and {files.b} cannot be compared: {error}")
+    conclusion = comparison.conclusion(options.convention)
+    if options.output is not None:
+        write_json(options.output, {"a": files.a, "b": files.b, **comparison.to_dict(), "conclusion": conclusion})
+    console = Console(highlight=False)
+    console.print(f"a: {files.a}", f"b: {files.b}", sep="\n", markup=False, soft_wrap=True)
+    console.print(comparison_table(comparison, options.convention))
+    console.print(f"{comparison.items} problems are in both.{_unpaired(comparison.unpaired_a, comparison.unpaired_b)}")
+    if comparison.kind_a != comparison.kind_b:
+        console.print(
+            f"a's completions are {comparison.kind_a}, b's {comparison.kind_b}: this alone makes a difference."
+        )
+    console.print(conclusion, markup=False)
+
+
+def _unpaired(only_a: int, only_b: int) -> str:
+    if not only_a and not only_b:
+        return ""
+    return f" Left out, because they are in one alone: {only_a} of a, {only_b} of b."
