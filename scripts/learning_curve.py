@@ -127,7 +127,7 @@ class Curve(TrainerCallback):
         return control
 
     def _evaluate(self, args: GRPOExtConfig, model: Any, processing_class: Any, **kwargs: Any) -> None:
-        accuracy = evaluate(
+        evaluation = evaluate(
             model,
             processing_class,
             self.heldout,
@@ -137,8 +137,15 @@ class Curve(TrainerCallback):
             seed=self.seed,
             description=None,
         )
-        assert accuracy.sampled is not None
-        self.points.append(Point(self.seconds, self.completions, accuracy.sampled, accuracy.strict))
+        greedy, sampled = (
+            statistics.fmean(
+                answer.correct["strict"]
+                for answer in evaluation.answers
+                if answer.correct and (answer.temperature == 0) is is_greedy
+            )
+            for is_greedy in (True, False)
+        )
+        self.points.append(Point(self.seconds, self.completions, sampled, greedy))
 
 
 def train(args: CurveArguments, variant: str, seed: int) -> list[Point]:

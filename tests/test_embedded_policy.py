@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_grpo_ext.embedded_policy import embedded_policy_path
-from trl_grpo_ext.evaluation import evaluate, generate_texts
+from trl_grpo_ext.evaluation import evaluate
 from trl_grpo_ext.rewards import strict_format_reward_func
 from trl_grpo_ext.tasks import SYSTEM_PROMPT, load_arithmetic, to_prompt
 
@@ -66,12 +66,10 @@ def test_prompts_are_short():
 def test_it_starts_where_it_should(model, seed):
     """Wrong often enough to learn, right often enough to be rewarded. Greedily at most 45 %, sampled at most 40 %."""
     problems = load_arithmetic("heldout", 200, seed)
-    accuracy = evaluate(model, TOKENIZER, problems, max_new_tokens=96, batch_size=200, seed=seed)
-    assert 0.25 <= accuracy.strict <= 0.45
-    assert 0.20 <= accuracy.sampled <= 0.40
-    torch.manual_seed(seed)
-    samples = generate_texts(
-        model, TOKENIZER, problems["prompt"][:], max_new_tokens=96, temperature=1.0, num_samples=4, batch_size=200
-    )
-    scores = strict_format_reward_func(completions=[text for texts in samples for text in texts])
+    evaluation = evaluate(model, TOKENIZER, problems, max_new_tokens=96, batch_size=200, seed=seed)
+    assert 0.25 <= evaluation.figures.estimates["strict"].mean <= 0.45
+    assert 0.20 <= evaluation.figures.estimates["strict_mean@4"].mean <= 0.40
+    samples = [answer.completion for answer in evaluation.answers if answer.temperature == 1.0]
+    assert len(samples) == 800
+    scores = strict_format_reward_func(completions=samples)
     assert 0.45 <= sum(score > 0 for score in scores) / len(scores) <= 0.65

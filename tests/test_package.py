@@ -44,7 +44,7 @@ def test_wheel(tmp_path):
         "from trl_grpo_ext.tasks import load_arithmetic\n"
         "model = AutoModelForCausalLM.from_pretrained(embedded_policy_path())\n"
         "tokenizer = AutoTokenizer.from_pretrained(embedded_policy_path())\n"
-        "print(evaluate(model, tokenizer, load_arithmetic('heldout', 8), max_new_tokens=64).items)\n"
+        "print(evaluate(model, tokenizer, load_arithmetic('heldout', 8), max_new_tokens=64).figures.items)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120

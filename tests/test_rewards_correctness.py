@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from trl_grpo_ext.evaluation import is_strictly_correct
+from trl_grpo_ext.evaluation import grade
 from trl_grpo_ext.rewards import (
     correctness_reward_func,
     exact_correctness_reward_func,
@@ -379,7 +379,7 @@ def test_bad_options_are_refused():
 )
 def test_mathematics_around_a_number_is_not_the_number(reference, answer):
     assert correctness_reward_func(completions=[tagged(answer)], answer=[reference]) == [0.0]
-    assert not is_strictly_correct(tagged(answer), reference)
+    assert not grade(tagged(answer), reference).correct["strict"]
 
 
 @pytest.mark.parametrize(

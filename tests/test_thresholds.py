@@ -1,20 +1,15 @@
 """Where one thing ends and another begins: at the threshold, and one step beside it."""
 
 import shutil
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 from canned import NUM_GENERATIONS, canned_config, train_canned
-from datasets import Dataset
 from test_shared_prefix import SHAPE, by_row, make_model, make_rows, make_trainer
-from tiny import tiny_model, tiny_tokenizer
 from transformers import Gemma3TextConfig, MistralConfig
 
 from trl_grpo_ext import checkpoints
 from trl_grpo_ext.config import GRPOExtConfig
-from trl_grpo_ext.evaluation import generate as evaluation
 from trl_grpo_ext.trainer import GRPOExtTrainer
 
 
@@ -92,48 +87,3 @@ def test_the_newest_checkpoint_that_every_node_has(policy, tmp_path, monkeypatch
     monkeypatch.setattr(checkpoints, "gather_object", lambda found: [*found, [7]])
     with pytest.raises(checkpoints.CheckpointError, match="no whole checkpoint"):
         train(tmp_path / "node", resume=True)
-
-
-# Problems that two processes cannot share out evenly
-
-
-@pytest.mark.parametrize("items", [5, 4, 1])
-def test_each_problem_counts_once(items, monkeypatch):
-    """Both processes generate equally often; what one of them generates a second time is not counted."""
-    generated, gathered = {}, {}
-
-    def run(process_index, others):
-        calls = generated[process_index] = []
-        given = gathered[process_index] = []
-
-        def generate(model, tokenizer, prompts, *, num_samples, **options):
-            texts = [prompt[-1]["content"] for prompt in prompts]
-            calls.append((num_samples, texts))
-            return [[text] * num_samples for text in texts]
-
-        def gather(objects):
-            given.append(objects)
-            return [*objects, *(others[len(given) - 1] if others else [False])]
-
-        monkeypatch.setattr(evaluation, "generate_texts", generate)
-        monkeypatch.setattr(evaluation, "gather_object", gather)
-        monkeypatch.setattr(evaluation, "unwrap_model_for_generation", lambda model, accelerator: nullcontext(model))
-        accelerator = SimpleNamespace(process_index=process_index, num_processes=2, device=torch.device("cpu"))
-        options = {"max_new_tokens": 4, "samples_per_item": 3, "description": None}
-        return evaluation.evaluate(tiny_model(), tiny_tokenizer(), problems, accelerator=accelerator, **options)
-
-    # the last problem, which is generated twice where their number is odd, is the only one with the right answer
-    texts = [f"<answer>{number if number == items - 1 else 'none'}</answer> {number}" for number in range(items)]
-    problems = Dataset.from_dict(
-        {
-            "prompt": [[{"role": "user", "content": text}] for text in texts],
-            "answer": [str(number) for number in range(items)],
-        }
-    )
-    run(1, others=None)
-    accuracy = run(0, others=gathered[1])
-    assert [(samples, len(texts)) for samples, texts in generated[0]] == [
-        (samples, len(texts)) for samples, texts in generated[1]
-    ]
-    assert {text for calls in generated.values() for _, texts in calls for text in texts} == set(texts)
-    assert (accuracy.items, accuracy.strict, accuracy.flexible, accuracy.sampled) == (items, 1 / items, 1.0, 1 / items)

@@ -14,9 +14,11 @@ from ..exits import stop
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..evaluation import Figures
+
 EXAMPLE = """
 trl-grpo-ext evaluate --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k --samples_per_item 4
-trl-grpo-ext evaluate --model_name_or_path outputs/run/checkpoint-100 --dataset_name test.jsonl --items 200
+trl-grpo-ext evaluate --model_name_or_path outputs/run/checkpoint-100 --dataset_name test.csv --answer_column solution
 accelerate launch --num_processes 8 -m trl_grpo_ext evaluate --model_name_or_path ... --dataset_name ...
 """
 
@@ -33,15 +35,42 @@ class EvaluateArguments:
     )
     dataset_name: str = field(
         metadata={
-            "help": "The problems: a data set's name on the hub, a folder, or a JSON Lines, CSV or parquet file; "
-            "'arithmetic' is made from the seed."
+            "help": "The problems: 'gsm8k', 'math', 'svamp' or 'asdiv'; another data set's name on the hub; a folder, "
+            "or a JSON Lines, JSON, CSV or parquet file; 'arithmetic' is made from the seed."
         }
     )
     split: str = field(default="test", metadata={"help": "Split on the hub or in the folder; a file is taken whole."})
-    items: int | None = field(default=None, metadata={"help": "The first so many problems. Default: all."})
+    config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set on the hub."})
+    question_column: str | None = field(
+        default=None, metadata={"help": "Column with the question. Default: a published data set's, else 'question'."}
+    )
+    answer_column: str | None = field(
+        default=None, metadata={"help": "Column with the answer. Default: a published data set's, else 'answer'."}
+    )
+    answer_extractor: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the answer is taken out of its column: what follows ####, the last \\boxed{}, what the "
+            "answer tag encloses, or all of it. Default: by the data set, else 'hash' if the first row has ####.",
+            "choices": ["hash", "boxed", "tag", "none"],
+        },
+    )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System message before each question; 'none' leaves it out. Default: asks for our tags."},
+    )
     prompt_example: bool = field(
         default=False, metadata={"help": "Show a worked example before each question, in the format asked for."}
     )
+    prompt_format: str = field(
+        default="chat",
+        metadata={
+            "help": "'chat': messages, in the model's chat template; 'text': their texts alone, for a model that has "
+            "none.",
+            "choices": ["chat", "text"],
+        },
+    )
+    items: int | None = field(default=None, metadata={"help": "The first so many problems. Default: all."})
     max_new_tokens: int = field(default=512, metadata={"help": "Longest answer, in tokens."})
     samples_per_item: int = field(
         default=0,
@@ -57,7 +86,7 @@ class EvaluateArguments:
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "What the model is loaded in. Default: float32 on a CPU, else auto, which is what it was saved in.",
+            "help": "What the model is loaded in; 'auto' is what it was saved in. Default: float32 on a CPU, else auto.",
             "choices": ["auto", "float32", "bfloat16", "float16"],
         },
     )
@@ -118,10 +147,9 @@ def default_output_dir(model: str, dataset: str) -> str:
 def _evaluate(args: EvaluateArguments) -> None:
     import json
 
-    from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
-    from ..evaluation import evaluate, table_of
+    from ..evaluation import evaluate
     from ..evaluation.policies import PolicyError, fingerprint, locate
 
     transformers_logging.disable_progress_bar()  # of loading the model
@@ -161,16 +189,24 @@ def _evaluate(args: EvaluateArguments) -> None:
     if not is_main:
         return
     (output_dir / "figures.json").write_text(json.dumps(evaluation.figures.to_dict(), indent=1) + "\n")
-    console = Console()
-    console.print(table_of({args.model_name_or_path: evaluation.figures}))
+    _print_table(args.model_name_or_path, evaluation.figures)
     on_disk = len(evaluation.answers) - evaluation.generated
-    console.print(
+    print(
         f"{evaluation.generated} answers generated"
         + (f", {on_disk} were on disk already" if on_disk else "")
-        + f"; answers and figures are in {output_dir}",
-        highlight=False,
-        soft_wrap=True,
+        + f"; answers and figures are in {output_dir}"
     )
+
+
+def _print_table(name: str, figures: "Figures") -> None:
+    try:
+        from rich.console import Console
+    except ImportError:
+        print("note: the table of figures needs rich: pip install 'trl_grpo_ext[report]'", file=sys.stderr)
+        return
+    from ..evaluation import table_of
+
+    Console().print(table_of({name: figures}))
 
 
 def _accelerator() -> Any:
@@ -194,15 +230,34 @@ def _device(accelerator: Any) -> Any:
 
 
 def _load_problems(args: EvaluateArguments) -> "Dataset":
-    from ..tasks import load_arithmetic, load_gsm8k
+    from ..tasks import SYSTEM_PROMPT, load_problems
 
+    system_prompt = {None: SYSTEM_PROMPT, "none": None}.get(args.system_prompt, args.system_prompt)
     try:
-        if args.dataset_name == "arithmetic":
-            return load_arithmetic("heldout", args.items or 200, args.seed)
-        problems = load_gsm8k(args.dataset_name, args.split, with_example=args.prompt_example)
+        problems = load_problems(
+            args.dataset_name,
+            split=args.split,
+            config=args.config_name,
+            question_column=args.question_column,
+            answer_column=args.answer_column,
+            answer_extractor=args.answer_extractor,
+            system_prompt=system_prompt,
+            with_example=args.prompt_example,
+            max_rows=args.items,
+            seed=args.seed,
+        )
     except (OSError, ValueError) as error:
         stop(1, f"data set {args.dataset_name!r} cannot be loaded. Cause: {error}")
-    return problems if args.items is None else problems.select(range(min(args.items, len(problems))))
+    if "id" in problems.column_names and len(set(problems["id"])) < len(problems):
+        problems = problems.remove_columns("id")  # of several files: the row's number tells them apart
+    if args.prompt_format == "text":
+        problems = problems.map(_to_text)
+    return problems
+
+
+def _to_text(row: dict[str, Any]) -> dict[str, str]:
+    """A prompt's messages as a text, in their order."""
+    return {"prompt": "\n\n".join(message["content"] for message in row["prompt"])}
 
 
 def _load_model(args: EvaluateArguments, place: str, dtype: str, device: Any) -> dict[str, Any]:
@@ -231,7 +286,7 @@ def _start_vllm(args: EvaluateArguments, place: str, dtype: str, problems: "Data
     from ..evaluation.generate import end_ids_of, to_ids
     from ..evaluation.policies import generation_config_of, is_whole_model, load_policy, load_tokenizer, save_whole
 
-    options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    options: dict[str, Any] = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     with tempfile.TemporaryDirectory(prefix="model-") as scratch:
         if not is_whole_model(place, args.model_revision):
             place = save_whole(load_policy(place, dtype=dtype, **options), scratch)

@@ -434,7 +434,7 @@ def _generate_all(
     batch_size: int,
     seed: int,
     accelerator: Accelerator | None,
-    vllm: "VLLMGeneration | LLM | None",
+    vllm: Any,
     end_ids: Sequence[int] | None,
     unwrap_options: Mapping[str, Any],
 ) -> None:
@@ -455,7 +455,7 @@ def _generate_all(
         within = _unwrapped(model, accelerator, unwrap_options)
     with within as policy, _undisturbed(policy):  # training goes on as if there had been no evaluation
         end_ids = end_ids_of(tokenizer, _generation_config(policy)) if end_ids is None else end_ids
-        options = {"max_new_tokens": max_new_tokens, "end_ids": end_ids}
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "end_ids": end_ids}
         complete: Callable[..., list[Completion]]
         if vllm is None:
             complete = partial(generate, policy, tokenizer, **options)

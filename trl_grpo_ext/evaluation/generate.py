@@ -1,10 +1,10 @@
 """Completions for an evaluation, from transformers or from vLLM: text, number of tokens, and why it ends.
 
 A sample must be the same whatever it is generated together with, so its random numbers are its own: a stream that is
-seeded from the evaluation's seed, the problem and the number of the sample. The Gumbel-max trick (Gumbel 1954; Maddison
-et al., arXiv 1411.0030) makes samples of them: the largest of `logits / temperature + noise` is distributed as softmax
-says. Rounding moves it to another token about as rarely as it does without noise, where drawing from cumulated
-probabilities would let one changed bit shift everything behind it.
+seeded from the evaluation's seed, the problem and the number of the sample. The Gumbel-max trick (Maddison, Tarlow and
+Minka, arXiv 1411.0030) makes samples of them: the largest of `logits / temperature + noise` is distributed as softmax
+says. Rounding moves it to another token about as rarely as it does without noise; drawing from cumulated
+probabilities, the rounding of all tokens before it would count.
 """
 
 import hashlib

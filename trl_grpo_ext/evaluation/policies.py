@@ -331,8 +331,8 @@ def _state_from_zero(folder: Path) -> dict[str, torch.Tensor]:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     except ImportError:
         raise PolicyError(
-            f"the weights in {folder} are in DeepSpeed's shards: install deepspeed, or run its zero_to_fp32.py where it "
-            "is installed"
+            f"the weights in {folder} are in DeepSpeed's shards: install deepspeed, or run its zero_to_fp32.py where "
+            "it is installed"
         ) from None
     try:
         with _loading_only_weights(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
