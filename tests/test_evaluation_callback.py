@@ -17,6 +17,7 @@ from canned import (
     whole_weights,
 )
 from datasets import Dataset
+from read_wandb import logged_to_wandb
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -32,6 +33,7 @@ from trl_grpo_ext import (
     compat,
 )
 from trl_grpo_ext.evaluation import Answer, Evaluation, callback, figures_of, read_answers
+from trl_grpo_ext.trackers import finish_trackers
 
 
 PROBLEMS = Dataset.from_dict({"prompt": [f"problem {n}" for n in range(10)], "answer": [str(n) for n in range(10)]})
@@ -88,7 +90,7 @@ class Scripted:
             for n, (name, answer) in enumerate(zip(ids, dataset["answer"], strict=True))
             for temperature, sample in ((0.0, 0), (1.0, 0), (1.0, 1))
         ]
-        return Evaluation(answers, figures_of(answers))
+        return Evaluation(answers, figures_of(answers), generated=len(answers))
 
 
 @pytest.fixture
@@ -514,23 +516,6 @@ TRACKED = {
 }
 
 
-def read_wandb(folder):
-    """What W&B's own reader finds in the file of an offline run: a dictionary for each call of its `log`."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    (file,) = Path(folder).glob("wandb/offline-run-*/*.wandb")
-    store, rows = DataStore(), []
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
-
-
 def train_tracked(policy, folder, script, tracker):
     trainer = make_trainer(
         policy, folder, max_steps=2, eval_strategy="steps", eval_steps=1, eval_on_start=True, report_to=tracker
@@ -566,8 +551,9 @@ def test_wandb(policy, tmp_path, scripted, monkeypatch):
     try:
         train_tracked(policy, tmp_path / "out", scripted(1, 2, 3), "wandb")
     finally:
-        wandb.teardown()
-    history = read_wandb(tmp_path)
+        finish_trackers(0, 60)  # and with it the service
+    assert wandb.run is None
+    history = logged_to_wandb(tmp_path)
     for name, values in TRACKED.items():
         found = [(row["train/global_step"], row[name]) for row in history if name in row]
         assert found == [(step, pytest.approx(value)) for step, value in values], name
