@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from canned import KINDS, Run, canned_config, canned_reward, train_canned
+from canned import KINDS, Run, canned_config, canned_prompts, canned_reward, train_canned
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext.config import GRPOExtConfig
+from trl_grpo_ext.evaluation import EvaluationCallback
 from trl_grpo_ext.ranks import BoundCollectiveCalls, run_as_rank
 from trl_grpo_ext.trainer import GRPOExtTrainer
 
@@ -65,6 +67,19 @@ def with_images_on(rank: int, trainer_class: type) -> type:
     return Seeing
 
 
+def with_evaluations(trainer_class: type) -> type:
+    """A trainer that evaluates: on its own, and on problems, of which there is an odd number."""
+    problems = Dataset.from_dict({"prompt": ["a", "b b b", "c c"], "answer": [1, 2, 3]})
+
+    class Evaluating(trainer_class):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, eval_dataset=canned_prompts(num_prompts=4), **kwargs)
+            self.evaluation = EvaluationCallback(self, problems, samples_per_item=2, batch_size=2)
+            self.add_callback(self.evaluation)
+
+    return Evaluating
+
+
 def offload_device(offload: Any) -> str:
     """Where DeepSpeed's configuration says that something is kept: "cpu", or "none" for where it would be anyway."""
     return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
@@ -100,6 +115,7 @@ def leave_behind(run: Run, folder: Path) -> None:
         "packs": getattr(run.trainer, "packs", False),
         "forwards": [[forward.tokens, forward.has_gradient] for forward in run.forwards],
         "log": run.log,
+        "evaluated": sorted(run.trainer.evaluation.history) if hasattr(run.trainer, "evaluation") else None,
         "sharding": sharding(wrapped) if hasattr(wrapped, "zero_optimization_stage") else None,
     }
     (folder / f"rank-{accelerator.process_index}.json").write_text(json.dumps(ran_on))
@@ -114,6 +130,8 @@ def train(settings: dict[str, Any], callbacks: Sequence[TrainerCallback]) -> Run
     trainer_class = classes[0]
     if "images_on" in settings:
         trainer_class = with_images_on(settings["images_on"], trainer_class)
+    if settings.get("evaluates"):
+        trainer_class = with_evaluations(trainer_class)
     callbacks = [*callbacks, BoundCollectiveCalls()]
     if RANK in settings.get("kill_ranks", [RANK]) and "kill_at" in settings:
         callbacks.append(Kill(settings["kill_at"]))

@@ -52,7 +52,9 @@ def _say(what: str) -> None:
 
 
 def _finish_wandb(wandb: Any, status: int) -> None:
-    wandb.teardown(exit_code=status)  # its runs, and the service that writes for them
+    if wandb.run is not None:
+        wandb.finish(exit_code=status)
+    wandb.teardown(exit_code=status)  # the service that writes for its runs
 
 
 def _finish_mlflow(mlflow: Any, status: int) -> None:

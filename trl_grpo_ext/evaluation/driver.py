@@ -451,6 +451,7 @@ def _generate_all(
             vllm.sync_weights()  # training does it when it next generates
     within: AbstractContextManager[Any] = nullcontext(model)
     if vllm is None and accelerator is not None:
+        assert model is not None
         within = _unwrapped(model, accelerator, unwrap_options)
     with within as policy, _undisturbed(policy):  # training goes on as if there had been no evaluation
         end_ids = end_ids_of(tokenizer, _generation_config(policy)) if end_ids is None else end_ids
