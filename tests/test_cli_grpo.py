@@ -331,7 +331,6 @@ def test_two_ranks(folder, policy):
         eval_dataset_name="heldout.csv",
         question_column="task",
         answer_column="result",
-        reward_funcs=["gsm8k"],
         eval_samples=2,
     )
     accelerate = launcher("ddp_cpu.yaml", is_warm=False)

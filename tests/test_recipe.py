@@ -355,14 +355,17 @@ def test_resuming_ends_where_the_run_would_have_ended(tmp_path):
     resumed = run(*small(tmp_path / "resumed", **options))
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     straight_summary = check_summary(tmp_path / "straight", steps=4)
-    resumed_summary = check_summary(tmp_path / "resumed", steps=4)
-    assert resumed_summary["accuracy"] == straight_summary["accuracy"]
+    resumed_summary = json.loads((tmp_path / "resumed" / "summary.json").read_text())
+    assert resumed_summary["accuracy"]["after"] == straight_summary["accuracy"]["after"]
+    assert resumed_summary["accuracy"]["before"] is None  # measured where the run began, in another folder
     weights = load_file(tmp_path / "straight" / "model.safetensors")
     for name, weight in load_file(tmp_path / "resumed" / "model.safetensors").items():
         assert weight.equal(weights[name]), name
     # 'latest' finds the newest checkpoint; there is nothing left to train
     latest = run(*small(tmp_path / "straight", max_steps=4, save_steps=2, resume_from_checkpoint="latest"))
     assert latest.returncode == 0, latest.stderr[-3000:]
+    again = json.loads((tmp_path / "straight" / "summary.json").read_text())
+    assert again["accuracy"]["before"] == straight_summary["accuracy"]["before"]
 
 
 @pytest.mark.slow

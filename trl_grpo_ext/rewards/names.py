@@ -1,6 +1,5 @@
 """Rewards by name, as a command line or a configuration file has them."""
 
-import difflib
 import inspect
 import os
 import sys
@@ -9,6 +8,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+from ..arguments import suggestion
 from .bundle import RewardBundle, gsm8k_bundle, tag_bundle
 
 
@@ -63,10 +63,8 @@ def _find(name: str) -> list[Any]:
     module_name, _, attribute = name.rpartition(".")
     if not module_name:
         known = [*BUNDLES, *TRL_REWARDS]
-        raise ValueError(
-            f"there is no reward and no bundle of this name{_nearest(name, known)} They are {', '.join(known)}, or a "
-            "dotted name, such as my_rewards.my_reward"
-        )
+        listed = f". They are {', '.join(known)}, or a dotted name, such as my_rewards.my_reward"
+        raise ValueError(f"there is no reward and no bundle of this name{suggestion(name, known) or listed}")
     found = _look_up(module_name, attribute)
     if callable(found) and not isinstance(found, type) and _makes_rewards(found):
         found = found()
@@ -88,7 +86,7 @@ def _look_up(module_name: str, attribute: str) -> Any:
     try:
         return getattr(module, attribute)
     except AttributeError:
-        raise ValueError(f"{module_name} has no {attribute!r}{_nearest(attribute, dir(module))}") from None
+        raise ValueError(f"{module_name} has no {attribute!r}{suggestion(attribute, dir(module))}") from None
 
 
 def _makes_rewards(function: Callable[..., Any]) -> bool:
@@ -101,8 +99,3 @@ def _makes_rewards(function: Callable[..., Any]) -> bool:
         parameter.default is not parameter.empty or parameter.kind is parameter.VAR_POSITIONAL
         for parameter in parameters
     ) and not {"completions", "prompts"} & {parameter.name for parameter in parameters}
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(names), n=1)
-    return f": did you mean {nearest[0]}?" if nearest else "."
