@@ -160,7 +160,8 @@ def read_lines(path: str | os.PathLike[str], *, ignore_unfinished_line: bool = F
             except (ValueError, RecursionError) as error:  # also what no UTF-8 is, and numbers that are too long
                 if ignore_unfinished_line and not line.endswith(b"\n"):
                     break
-                raise ValueError(f"{os.fspath(path)}, line {number}: it is no JSON ({error})") from error
+                cause = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                raise ValueError(f"{os.fspath(path)}, line {number}: it is no JSON ({cause})") from error
     return values
 
 

@@ -162,7 +162,9 @@ def comparison_table(comparison: Comparison, convention: str = MAIN, names: tupl
 
     table = Table()
     table.add_column("figure, %", overflow="fold")
-    for heading in (*names, f"{names[1]} - {names[0]}", "95 %", f"only {', '.join(names)}", "p"):
+    has_tests = any(found.p is not None for found in comparison.differences.values())
+    headings = [*names, f"{names[1]} - {names[0]}", "95 %", *([f"only {', '.join(names)}", "p"] if has_tests else [])]
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     prefix = prefix_of(convention)
     for name, found in comparison.differences.items():
@@ -175,8 +177,7 @@ def comparison_table(comparison: Comparison, convention: str = MAIN, names: tupl
             f"{100 * found.b:.1f}",
             f"{100 * found.difference:+.1f}",
             f"{100 * found.low:.1f} to {100 * found.high:.1f}",
-            "" if found.only_a is None else f"{found.only_a}, {found.only_b}",
-            "" if found.p is None else _p_value(found.p),
+            *([] if found.p is None else [f"{found.only_a}, {found.only_b}", _p_value(found.p)]),
             end_section=name == CONVENTIONS[-1],
         )
     return table
