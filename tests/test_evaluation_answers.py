@@ -1,6 +1,7 @@
 """Files of answers: what is written is read again, and what cannot be read is told by file and line."""
 
 import json
+import os
 from decimal import Decimal
 
 import numpy as np
@@ -79,6 +80,20 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
         write_answers(file, fail())
     assert read_answers(file) == ANSWERS[:1]
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path):
+    file, link, pipe = (tmp_path / name for name in ("answers.jsonl", "link.jsonl", "pipe"))
+    link.symlink_to(file.name)
+    write_answers(link, ANSWERS[:1])
+    assert link.is_symlink()
+    assert read_answers(file) == ANSWERS[:1]
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_answers(pipe, ANSWERS[:1])
+    assert os.read(reader, 100_000) == file.read_bytes()
+    os.close(reader)
+    assert pipe.is_fifo()
 
 
 def test_answers_are_appended(tmp_path):

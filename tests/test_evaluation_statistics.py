@@ -128,7 +128,8 @@ def test_majority_of_two_classes_is_hypergeometric():
 
 def test_majority_of_many_samples_that_all_differ():
     assert majority_at_k(range(100), [1] * 10 + [0] * 90, 50) == pytest.approx(0.1)
-    assert majority_at_k(["a"] * 1000, [1] * 1000, 500) == pytest.approx(1)
+    assert majority_at_k(["a"] * 1000, [1] * 1000, 100) == pytest.approx(1)
+    assert majority_at_k(["a", "b"] * 2000, [1, 0] * 2000, 64) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_majority_of_many_samples_that_all_differ():
         ("ab", [1, 0], 1.5, "k must be whole"),
         ("", [], 1, "k must be from 1"),
         ("ab", [1], 1, "a verdict for each sample"),
-        (range(1001), [0] * 1001, 2, "at most 1000"),
+        (range(3000), [0] * 3000, 1000, "too many subsets of 1000 of 3000 samples"),
     ],
 )
 def test_majority_refuses(classes, values, k, message):

@@ -211,7 +211,11 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[Mapping[str, Any]]
 
 def write_at_once(path: str | os.PathLike[str], parts: Iterable[bytes]) -> None:
     """Write a file whole; whoever reads it meanwhile, or when this is interrupted, finds what was there before."""
-    file = Path(path)
+    file = Path(path).resolve()  # what a link names, not the link
+    if file.exists() and not file.is_file():  # a terminal or a pipe, which must not be replaced
+        with open(file, "wb") as stream:
+            stream.writelines(parts)
+        return
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with open(aside, "wb") as stream:
