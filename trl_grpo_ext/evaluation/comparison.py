@@ -83,8 +83,8 @@ class Comparison:
         differences = content.pop("differences")
         return {**content, **differences}
 
-    def conclusion(self, convention: str = MAIN, names: tuple[str, str] = ("a", "b")) -> str:
-        """In words: what a convention says, and which others say something else.
+    def conclusion(self, convention: str = MAIN, names: tuple[str, str] = ("a", "b")) -> list[str]:
+        """In sentences: what a convention says, and which others say something else.
 
         Args:
             convention (`str`, *optional*, defaults to `"answer"`):
@@ -97,7 +97,7 @@ class Comparison:
         for other in CONVENTIONS:
             if self.differences[other].better != found.better:
                 sentences.append(_sentence(self.differences[other], other, names))
-        return " ".join(sentences)
+        return sentences
 
 
 def compare_answers(
