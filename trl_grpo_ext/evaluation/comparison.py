@@ -13,7 +13,7 @@ import numpy as np
 
 from ..rewards.references import reference_to_text
 from ..rewards.text import completion_to_text
-from .answers import Answer
+from .answers import Answer, shortened
 from .figures import MAIN, by_problem, is_right, prefix_of, split, values_of_samples
 from .grade import CONVENTIONS
 from .statistics import LEVEL, mcnemar, paired_bootstrap
@@ -198,13 +198,16 @@ def _pairs(a: Sequence[Answer], b: Sequence[Answer]) -> tuple[list[list[Answer]]
 def _check_same(key: str, a: Answer, b: Answer, ignore_prompts: bool) -> None:
     references = reference_to_text(a.answer), reference_to_text(b.answer)
     if references[0] != references[1]:
-        raise ValueError(f"id {key!r} has the reference {references[0]!r} in one and {references[1]!r} in the other")
+        raise ValueError(
+            f"id {shortened(key)} has the reference {shortened(references[0])} in one and {shortened(references[1])} in "
+            "the other"
+        )
     if ignore_prompts or a.prompt is None or b.prompt is None:
         return
     questions = [_question(answer.prompt) for answer in (a, b)]
     if questions[0] != questions[1]:
-        shortened = [repr(text if len(text) <= 60 else f"{text[:60]}...") for text in questions]
-        raise ValueError(f"id {key!r} has the prompt {shortened[0]} in one and {shortened[1]} in the other")
+        one, other = map(shortened, questions)
+        raise ValueError(f"id {shortened(key)} has the prompt {one} in one and {other} in the other")
 
 
 def _question(prompt: Any) -> str:
@@ -268,4 +271,4 @@ def _kind(answers: Sequence[Answer]) -> str:
 
 
 def _beginning(problems: Mapping[str, Any]) -> str:
-    return ", ".join(repr(key) for key in list(problems)[:3]) or "none"
+    return ", ".join(shortened(key) for key in list(problems)[:3]) or "none"
