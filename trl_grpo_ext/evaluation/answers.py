@@ -193,7 +193,8 @@ def answers_of_lines(path: str | os.PathLike[str], lines: Mapping[int, Any]) -> 
             if getattr(answer, name) != getattr(of_same_problem, name):
                 raise ValueError(
                     f"{where}: {name!r} is {shortened(getattr(answer, name))} where line {number_before} of the same "
-                    f"id {shortened(answer.id)} has {shortened(getattr(of_same_problem, name))}: an id stands for one problem"
+                    f"id {shortened(answer.id)} has {shortened(getattr(of_same_problem, name))}: an id stands for one "
+                    "problem"
                 )
         answers.append(answer)
     return answers

@@ -198,10 +198,8 @@ def _pairs(a: Sequence[Answer], b: Sequence[Answer]) -> tuple[list[list[Answer]]
 def _check_same(key: str, a: Answer, b: Answer, ignore_prompts: bool) -> None:
     references = reference_to_text(a.answer), reference_to_text(b.answer)
     if references[0] != references[1]:
-        raise ValueError(
-            f"id {shortened(key)} has the reference {shortened(references[0])} in one and {shortened(references[1])} in "
-            "the other"
-        )
+        one, other = map(shortened, references)
+        raise ValueError(f"id {shortened(key)} has the reference {one} in one and {other} in the other")
     if ignore_prompts or a.prompt is None or b.prompt is None:
         return
     questions = [_question(answer.prompt) for answer in (a, b)]
