@@ -15,7 +15,7 @@ def show(make_table: Callable[[], Any]) -> None:
     try:
         from rich.console import Console
 
-        Console().print(make_table())
+        Console(markup=False).print(make_table())  # names and paths are no markup
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "rich":
             raise
