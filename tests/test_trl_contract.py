@@ -3,6 +3,7 @@
 import functools
 import inspect
 import random
+from collections import deque
 from inspect import unwrap
 
 import numpy
@@ -94,6 +95,7 @@ def trained(tmp_path_factory):
         ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
         ("train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
         ("log", ["self", "logs", "start_time"]),
+        ("evaluate", ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"]),
     ],
 )
 def test_signatures(name, parameters):
@@ -108,6 +110,17 @@ def test_prompts_are_drawn_when_an_epoch_begins(trained):
     again = trained[0]._get_train_sampler()
     next(iter(again))
     assert list(again) == epochs[1]
+
+
+def test_columns_of_logged_completions(trained):
+    """Each a deque, or some of them by name: what an evaluation adds is taken back with a copy of that depth."""
+    columns = trained[0]._logs
+    assert {"prompt", "completion", "rewards", "advantages"} <= columns.keys()
+    for values in columns.values():
+        found = values.values() if isinstance(values, dict) else [values]
+        assert all(isinstance(column, deque) for column in found)
+    assert len(columns["prompt"]) == trained[0].args.generation_batch_size
+    assert list(columns["rewards"]) == ["canned_reward"]
 
 
 def test_signature_of_the_forward():

@@ -8,7 +8,11 @@ rows are summed in another order.
 import pytest
 from canned import assert_same_weights, relative_difference
 from training import OURS, THEIRS, note_generations, train
+from transformers import GenerationMixin
 from trl.generation.vllm_generation import VLLMGeneration
+
+from trl_grpo_ext.evaluation import evaluate, read_answers
+from trl_grpo_ext.tasks import load_arithmetic
 
 
 NEAR = 1e-4
@@ -130,3 +134,31 @@ def test_resume_inside_the_passes(policy, sampler, tmp_path, cut):
         assert_same_weights(rest.weights, whole.weights)
     else:  # which requests a server computes together depends on when they come: the last bits differ now and then
         assert relative_difference(rest.weights, whole.weights, whole.start) < NEAR
+
+
+def test_evaluations(policy, sampler, tmp_path, monkeypatch):
+    """The engine answers, with the weights of that step, and trains on as if it had not been asked."""
+    options = {**sampler, "num_iterations": 4, "learning_rate": 0.5}  # steps that show in what is answered
+    without = train(OURS, policy, tmp_path / "without", **options)
+    problems = load_arithmetic("heldout", 6)
+    generations = note_generations(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerationMixin, "generate", lambda *args, **kwargs: pytest.fail("the policy has generated"))
+        run = train(OURS, policy, tmp_path / "with", problems=problems, **options)
+    assert [len(prompts) for prompts, _ in generations].count(6) == 9  # greedy: before, and after each of eight steps
+    assert [len(prompts) for prompts, _ in generations].count(12) == 9
+    evaluation, trainer = run.trainer.evaluation, run.trainer
+    assert evaluation.after == evaluation.history[8]
+
+    def completions(answers):
+        return [answer.completion for answer in answers if answer.temperature == 0]
+
+    folder = tmp_path / "with" / "answers"
+    before, after = (read_answers(folder / f"{when}.jsonl") for when in ("before", "after"))
+    assert completions(before) != completions(after)
+    expected = evaluate(trainer.model, trainer.processing_class, problems, max_new_tokens=24, samples_per_item=0)
+    assert completions(after) == completions(expected.answers)
+    if sampler["vllm_mode"] == "colocate":
+        assert_same_weights(run.weights, without.weights)
+    else:
+        assert relative_difference(run.weights, without.weights, without.start) < NEAR

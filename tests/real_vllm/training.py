@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 from vllm import LLM
 
-from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer
+from trl_grpo_ext import EvaluationCallback, GRPOExtConfig, GRPOExtTrainer
 from trl_grpo_ext.embedded_policy import embedded_policy_path
 
 
@@ -71,8 +71,8 @@ def config_of(config_class, output_dir, **options):
     )
 
 
-def train(classes, policy, output_dir, *, resume=None, **options) -> Run:
-    """Train with TRL's trainer or ours, on the same prompts."""
+def train(classes, policy, output_dir, *, resume=None, problems=None, **options) -> Run:
+    """Train with TRL's trainer or ours, on the same prompts, and evaluate on problems after each step."""
     trainer_class, config_class = classes
     if options["vllm_mode"] == "server":
         options["vllm_group_port"] = free_port()  # for this trainer's weights
@@ -85,8 +85,13 @@ def train(classes, policy, output_dir, *, resume=None, **options) -> Run:
         reward_funcs=reward,
         args=config_of(config_class, output_dir, **options),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
+        eval_dataset=Dataset.from_dict({"prompt": prompts[:2]}),
         callbacks=[norms],
     )
+    if problems is not None:
+        trainer.args.eval_strategy, trainer.args.eval_steps = "steps", 1
+        trainer.evaluation = EvaluationCallback(trainer, problems, samples_per_item=2)
+        trainer.add_callback(trainer.evaluation)
     forwards: list[Forward] = []
     note_forwards(trainer, forwards)
     start = whole_weights(trainer.model)
