@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import OneLineParser
 from ..exits import stop
+from ..screen import show
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from ..evaluation import Figures
 
 EXAMPLE = """
 trl-grpo-ext evaluate --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k --samples_per_item 4
@@ -149,7 +148,7 @@ def _evaluate(args: EvaluateArguments) -> None:
 
     from transformers.utils import logging as transformers_logging
 
-    from ..evaluation import evaluate
+    from ..evaluation import evaluate, table_of
     from ..evaluation.policies import PolicyError, fingerprint, locate
 
     transformers_logging.disable_progress_bar()  # of loading the model
@@ -189,24 +188,13 @@ def _evaluate(args: EvaluateArguments) -> None:
     if not is_main:
         return
     (output_dir / "figures.json").write_text(json.dumps(evaluation.figures.to_dict(), indent=1) + "\n")
-    _print_table(args.model_name_or_path, evaluation.figures)
+    show(lambda: table_of({args.model_name_or_path: evaluation.figures}))
     on_disk = len(evaluation.answers) - evaluation.generated
     print(
         f"{evaluation.generated} answers generated"
         + (f", {on_disk} were on disk already" if on_disk else "")
         + f"; answers and figures are in {output_dir}"
     )
-
-
-def _print_table(name: str, figures: "Figures") -> None:
-    try:
-        from rich.console import Console
-    except ImportError:
-        print("note: the table of figures needs rich: pip install 'trl_grpo_ext[report]'", file=sys.stderr)
-        return
-    from ..evaluation import table_of
-
-    Console().print(table_of({name: figures}))
 
 
 def _accelerator() -> Any:
