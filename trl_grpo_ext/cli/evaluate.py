@@ -86,7 +86,7 @@ class EvaluateArguments:
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "What the model is loaded in; 'auto' is what it was saved in. Default: float32 on a CPU, else auto.",
+            "help": "What the model is loaded in; 'auto': what it was saved in. Default: float32 on a CPU, else auto.",
             "choices": ["auto", "float32", "bfloat16", "float16"],
         },
     )
@@ -216,9 +216,16 @@ def _accelerator() -> Any:
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
         if os.environ.pop(name, None) is not None and os.environ.get("RANK") == "0":
             print("note: each process loads the whole model; DeepSpeed and FSDP are not used", file=sys.stderr)
+    import torch
     from accelerate import Accelerator
 
-    return Accelerator()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    if accelerator.num_processes != int(os.environ["WORLD_SIZE"]):  # they would all write one file
+        stop(
+            1,
+            f"{os.environ['WORLD_SIZE']} processes were launched, which accelerate does not bring together: start one",
+        )
+    return accelerator
 
 
 def _device(accelerator: Any) -> Any:

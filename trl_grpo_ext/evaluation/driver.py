@@ -390,9 +390,9 @@ def _from_main_process(accelerator: Accelerator | None, read: Callable[[], list[
             outcome[0] = read()
         except (ValueError, OSError) as error:
             outcome[1] = error
-    answers, error = broadcast_object_list(outcome)
-    if error is not None:
-        raise error
+    answers, refusal = broadcast_object_list(outcome)
+    if refusal is not None:
+        raise refusal
     return answers
 
 
@@ -450,8 +450,7 @@ def _generate_all(
         with torch.no_grad():
             vllm.sync_weights()  # training does it when it next generates
     within: AbstractContextManager[Any] = nullcontext(model)
-    if vllm is None and accelerator is not None:
-        assert model is not None
+    if vllm is None and model is not None and accelerator is not None:
         within = _unwrapped(model, accelerator, unwrap_options)
     with within as policy, _undisturbed(policy):  # training goes on as if there had been no evaluation
         end_ids = end_ids_of(tokenizer, _generation_config(policy)) if end_ids is None else end_ids

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -50,7 +51,7 @@ FSDP_SHARDS, FSDP_WHOLE = "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"
 # What `torch.distributed.checkpoint` describes a list of weights with
 NAMES_OF_METADATA = (
     *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
-    *("MetadataIndex", "StorageMeta"),
+    *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
 )
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 # Makes `torch.load` unpickle numbers and containers alone
@@ -160,12 +161,23 @@ def _one_line_for(name: str) -> Iterator[None]:
         yield
     except PolicyError:
         raise
+    except pickle.UnpicklingError as error:
+        raise PolicyError(
+            f"model {name!r} has more in its files than weights, which is not loaded, for it could be any program: "
+            f"{_first_global(error)}"
+        ) from error
     except FAILURES as error:
         cause = one_line(error) or type(error).__name__
         raise PolicyError(
             f"model {name!r} cannot be loaded. Without a network, name the folder of a downloaded model, or use the "
             f"embedded policy ({EMBEDDED_POLICY}). Cause: {cause}"
         ) from error
+
+
+def _first_global(error: pickle.UnpicklingError) -> str:
+    """What torch says that a file asks for, out of its page of advice."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it asks for {found[1]}" if found else one_line(error)[:100]
 
 
 def _has_weights(folder: Path) -> bool:
@@ -316,6 +328,7 @@ class OfMetadata(pickle.Unpickler):
             *(("torch.distributed.checkpoint.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")),
             *(("torch.serialization", "_get_layout"), ("torch", "Size"), ("collections", "OrderedDict")),
             *(("torch", dtype) for dtype in DTYPES),
+            *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
         }
     )
 
@@ -340,7 +353,7 @@ def _state_from_zero(folder: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise PolicyError(
             f"{folder} has more in it than weights, which is not loaded, for it could be any program "
-            f"({one_line(error)[:200]}): if the checkpoint is your own, run 'python {folder}/zero_to_fp32.py {folder} "
+            f"({_first_global(error)}): if the checkpoint is your own, run 'python {folder}/zero_to_fp32.py {folder} "
             "DIR --safe_serialization', put config.json and tokenizer into DIR, and name DIR"
         ) from None
 
