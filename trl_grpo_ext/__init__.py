@@ -8,7 +8,7 @@
 - [`EvaluationCallback`]: held-out problems before, during and after training, in every tracker;
 - [`trl_grpo_ext.objective`]: the loss types and the sampler's correction as pure functions;
 - [`trl_grpo_ext.tasks`]: GSM8K, and word problems made from a seed;
-- [`trl_grpo_ext.evaluation`]: strict, flexible and sampled accuracy;
+- [`trl_grpo_ext.evaluation`]: accuracies under four conventions, pass@k and maj@k, with intervals;
 - [`trl_grpo_ext.embedded_policy`]: a tiny policy for runs without a hub.
 
 Importing this package imports no torch; the trainer's names are looked up when they are first used.

@@ -54,7 +54,9 @@ def check_outputs(inputs: Mapping[str, str], outputs: Mapping[str, str | None]) 
     for name, path in outputs.items():
         if path is None:
             continue
-        if not path or Path(path).is_dir():
+        if not path:
+            stop(2, f"{name}: the file's name is missing")
+        if Path(path).is_dir():
             stop(2, f"{name}: {path!r} is a folder; name a file")
         if not Path(path).parent.is_dir():
             stop(1, f"{name}: there is no folder {str(Path(path).parent)!r}")

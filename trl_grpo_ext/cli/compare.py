@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from ..arguments import OneLineParser
 from ..evaluation.grade import CONVENTIONS
 from ..exits import stop
+from ..screen import show
 from ._files import check_outputs, graded_answers, lines_of, write_json
 
 
@@ -52,8 +53,6 @@ def main(arguments: list[str]) -> None:
     options, files = parser.parse_or_stop(arguments)
     check_outputs({"a": files.a, "b": files.b}, {"--output": options.output})
 
-    from rich.console import Console
-
     from ..evaluation.comparison import compare_answers, comparison_table
 
     a, b = (graded_answers(path, lines_of(path)) for path in (files.a, files.b))
@@ -63,16 +62,14 @@ def main(arguments: list[str]) -> None:
         stop(1, f"{files.a} and {files.b} cannot be compared: {error}")
     conclusion = comparison.conclusion(options.convention)
     if options.output is not None:
-        write_json(options.output, {"a": files.a, "b": files.b, **comparison.to_dict(), "conclusion": conclusion})
-    console = Console(highlight=False)
-    console.print(f"a: {files.a}", f"b: {files.b}", sep="\n", markup=False, soft_wrap=True)
-    console.print(comparison_table(comparison, options.convention))
-    console.print(f"{comparison.items} problems are in both.{_unpaired(comparison.unpaired_a, comparison.unpaired_b)}")
+        content = {"a": files.a, "b": files.b, **comparison.to_dict(), "conclusion": " ".join(conclusion)}
+        write_json(options.output, content)
+    print(f"a: {files.a}\nb: {files.b}")
+    show(lambda: comparison_table(comparison, options.convention))
+    print(f"{comparison.items} problems are in both.{_unpaired(comparison.unpaired_a, comparison.unpaired_b)}")
     if comparison.kind_a != comparison.kind_b:
-        console.print(
-            f"a's completions are {comparison.kind_a}, b's {comparison.kind_b}: this alone makes a difference."
-        )
-    console.print(conclusion, markup=False)
+        print(f"a's completions are {comparison.kind_a}, b's {comparison.kind_b}: this alone makes a difference.")
+    print("\n".join(conclusion))
 
 
 def _unpaired(only_a: int, only_b: int) -> str:

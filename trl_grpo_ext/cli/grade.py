@@ -5,6 +5,7 @@ from typing import Any
 
 from ..arguments import OneLineParser
 from ..exits import stop
+from ..screen import show
 from ._files import check_outputs, graded_answers, lines_of, write_json
 
 
@@ -49,8 +50,6 @@ def main(arguments: list[str]) -> None:
     options, files = parser.parse_or_stop(arguments)
     check_outputs({"the file of answers": files.answers}, {"--output": options.output, "--lines": options.lines})
 
-    from rich.console import Console
-
     from ..evaluation.answers import write_lines
     from ..evaluation.figures import figures_of, table_of
 
@@ -71,9 +70,8 @@ def main(arguments: list[str]) -> None:
             write_lines(options.lines, verdicts)
         except OSError as error:
             stop(1, f"{options.lines}: {error.strerror}")
-    Console().print(
-        table_of(figures), f"{figures.completions} completions of {figures.items} problems", highlight=False
-    )
+    show(lambda: table_of(figures))
+    print(f"{figures.completions} completions of {figures.items} problems")
 
 
 def _with_verdicts(line: dict[str, Any], reference: Any, correct: dict[str, bool] | None) -> dict[str, Any]:

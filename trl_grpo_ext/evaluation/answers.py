@@ -101,7 +101,7 @@ class Answer:
             ("finish_reason", lambda value: value in FINISH_REASONS, _listed(FINISH_REASONS, " or ")),
         ):
             if key in known and not is_right(known[key]):
-                raise ValueError(f"{key!r} is {_shortened(known[key])}, and must be {expected}")
+                raise ValueError(f"{key!r} is {shortened(known[key])}, and must be {expected}")
         known["completion"] = completion_to_text(known["completion"])
         return cls(**known)
 
@@ -160,7 +160,8 @@ def read_lines(path: str | os.PathLike[str], *, ignore_unfinished_line: bool = F
             except (ValueError, RecursionError) as error:  # also what no UTF-8 is, and numbers that are too long
                 if ignore_unfinished_line and not line.endswith(b"\n"):
                     break
-                raise ValueError(f"{os.fspath(path)}, line {number}: it is no JSON ({error})") from error
+                cause = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                raise ValueError(f"{os.fspath(path)}, line {number}: it is no JSON ({cause})") from error
     return values
 
 
@@ -183,7 +184,7 @@ def answers_of_lines(path: str | os.PathLike[str], lines: Mapping[int, Any]) -> 
         before = first.setdefault((answer.id, answer.sample, answer.temperature), number)
         if before != number:
             raise ValueError(
-                f"{where}: it is the same sample as line {before} (id {answer.id!r}, sample {answer.sample}"
+                f"{where}: it is the same sample as line {before} (id {shortened(answer.id)}, sample {answer.sample}"
                 f"{'' if answer.temperature is None else f', temperature {answer.temperature:g}'}): leave one out, or "
                 "number them"
             )
@@ -191,8 +192,9 @@ def answers_of_lines(path: str | os.PathLike[str], lines: Mapping[int, Any]) -> 
         for name in ("answer", "prompt"):
             if getattr(answer, name) != getattr(of_same_problem, name):
                 raise ValueError(
-                    f"{where}: {name!r} is {_shortened(getattr(answer, name))} where line {number_before} of the same "
-                    f"id {answer.id!r} has {_shortened(getattr(of_same_problem, name))}: an id stands for one problem"
+                    f"{where}: {name!r} is {shortened(getattr(answer, name))} where line {number_before} of the same "
+                    f"id {shortened(answer.id)} has {shortened(getattr(of_same_problem, name))}: an id stands for one "
+                    "problem"
                 )
         answers.append(answer)
     return answers
@@ -210,7 +212,11 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[Mapping[str, Any]]
 
 def write_at_once(path: str | os.PathLike[str], parts: Iterable[bytes]) -> None:
     """Write a file whole; whoever reads it meanwhile, or when this is interrupted, finds what was there before."""
-    file = Path(path)
+    file = Path(path).resolve()  # what a link names, not the link
+    if file.exists() and not file.is_file():  # a terminal or a pipe, which must not be replaced
+        with open(file, "wb") as stream:
+            stream.writelines(parts)
+        return
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with open(aside, "wb") as stream:
@@ -275,6 +281,7 @@ def _listed(names: Iterable[Any], separator: str = ", ") -> str:
     return separator.join(repr(name) for name in names)
 
 
-def _shortened(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value for a message: its beginning, on one line."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..rewards.references import reference_to_text
 from ..rewards.text import completion_to_text
-from .answers import Answer
+from .answers import Answer, shortened
 from .figures import MAIN, by_problem, is_right, prefix_of, split, values_of_samples
 from .grade import CONVENTIONS
 from .statistics import LEVEL, mcnemar, paired_bootstrap
@@ -83,8 +83,8 @@ class Comparison:
         differences = content.pop("differences")
         return {**content, **differences}
 
-    def conclusion(self, convention: str = MAIN, names: tuple[str, str] = ("a", "b")) -> str:
-        """In words: what a convention says, and which others say something else.
+    def conclusion(self, convention: str = MAIN, names: tuple[str, str] = ("a", "b")) -> list[str]:
+        """In sentences: what a convention says, and which others say something else.
 
         Args:
             convention (`str`, *optional*, defaults to `"answer"`):
@@ -97,7 +97,7 @@ class Comparison:
         for other in CONVENTIONS:
             if self.differences[other].better != found.better:
                 sentences.append(_sentence(self.differences[other], other, names))
-        return " ".join(sentences)
+        return sentences
 
 
 def compare_answers(
@@ -162,7 +162,9 @@ def comparison_table(comparison: Comparison, convention: str = MAIN, names: tupl
 
     table = Table()
     table.add_column("figure, %", overflow="fold")
-    for heading in (*names, f"{names[1]} - {names[0]}", "95 %", f"only {', '.join(names)}", "p"):
+    has_tests = any(found.p is not None for found in comparison.differences.values())
+    headings = [*names, f"{names[1]} - {names[0]}", "95 %", *([f"only {', '.join(names)}", "p"] if has_tests else [])]
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     prefix = prefix_of(convention)
     for name, found in comparison.differences.items():
@@ -175,8 +177,7 @@ def comparison_table(comparison: Comparison, convention: str = MAIN, names: tupl
             f"{100 * found.b:.1f}",
             f"{100 * found.difference:+.1f}",
             f"{100 * found.low:.1f} to {100 * found.high:.1f}",
-            "" if found.only_a is None else f"{found.only_a}, {found.only_b}",
-            "" if found.p is None else _p_value(found.p),
+            *([] if found.p is None else [f"{found.only_a}, {found.only_b}", _p_value(found.p)]),
             end_section=name == CONVENTIONS[-1],
         )
     return table
@@ -197,13 +198,14 @@ def _pairs(a: Sequence[Answer], b: Sequence[Answer]) -> tuple[list[list[Answer]]
 def _check_same(key: str, a: Answer, b: Answer, ignore_prompts: bool) -> None:
     references = reference_to_text(a.answer), reference_to_text(b.answer)
     if references[0] != references[1]:
-        raise ValueError(f"id {key!r} has the reference {references[0]!r} in one and {references[1]!r} in the other")
+        one, other = map(shortened, references)
+        raise ValueError(f"id {shortened(key)} has the reference {one} in one and {other} in the other")
     if ignore_prompts or a.prompt is None or b.prompt is None:
         return
     questions = [_question(answer.prompt) for answer in (a, b)]
     if questions[0] != questions[1]:
-        shortened = [repr(text if len(text) <= 60 else f"{text[:60]}...") for text in questions]
-        raise ValueError(f"id {key!r} has the prompt {shortened[0]} in one and {shortened[1]} in the other")
+        one, other = map(shortened, questions)
+        raise ValueError(f"id {shortened(key)} has the prompt {one} in one and {other} in the other")
 
 
 def _question(prompt: Any) -> str:
@@ -267,4 +269,4 @@ def _kind(answers: Sequence[Answer]) -> str:
 
 
 def _beginning(problems: Mapping[str, Any]) -> str:
-    return ", ".join(repr(key) for key in list(problems)[:3]) or "none"
+    return ", ".join(shortened(key) for key in list(problems)[:3]) or "none"

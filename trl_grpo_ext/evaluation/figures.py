@@ -8,10 +8,10 @@ Which answers a figure is about:
   off at the longest length, and the mean length in tokens, where each completion says so.
 - `mean@n`, `pass@k`, `maj@k`, `never_right` and `always_right` are about the sampled completions, where each problem
   has n > 1 of them, under the convention `answer`: the mean share of right samples (what `pass@1` is too), pass@k and
-  maj@k for k = 1 (pass@k alone), 2, 4, ... and n, and the shares of problems of which no sample is right, and each
-  one. The other conventions' have their name before: `strict_mean@4`. Where problems have different numbers of
-  samples, n is the smallest; pass@k and maj@k are means over all subsets of k of whatever samples a problem has.
-  Problems without any sample (an evaluation that was interrupted) are not in these figures.
+  maj@k for k = 1 (pass@k alone), 2, 4, ... (maj@k to 64) and n, and the shares of problems of which no sample is
+  right, and each one. Those under other conventions have its name before: `strict_mean@4`. Where problems have
+  different numbers of samples, n is the smallest; pass@k and maj@k are means over all subsets of k of whatever samples
+  a problem has. Problems without any sample (an evaluation that was interrupted) are not in these figures.
 
 Intervals: Wilson's for shares of which each problem has one verdict; otherwise the bootstrap over problems, because a
 problem's answers are not independent of each other.
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 # The convention whose figures of samples have no name before them.
 MAIN = "answer"
+# Larger majorities than of this many samples are not counted, but for that of all.
+MAX_VOTES = 64
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def values_of_samples(
     sizes = sizes_of_subsets(num_samples)
     values = {f"mean@{num_samples}": right / n}
     values |= {f"pass@{k}": pass_at_k(n, right, k) for k in sizes}
-    for k in sizes[1:]:
+    for k in [k for k in sizes[1:] if k <= MAX_VOTES or k == n.max()]:
         majority = [majority_at_k(of_problem, found, k) for of_problem, found in zip(votes, verdicts, strict=True)]
         values[f"maj@{k}"] = np.array(majority)
     return values

@@ -18,7 +18,7 @@ RESAMPLES = 10_000
 # Numbers that are drawn and held at once; 8 bytes each.
 CHUNK = 4_000_000
 # Beyond this, numbers of subsets are too large for a float.
-MAX_SAMPLES = 1000
+MAX_SUBSETS = 10**300
 
 
 def pass_at_k(n: Any, c: Any, k: int) -> Any:
@@ -78,14 +78,14 @@ def majority_at_k(classes: Sequence[Any], values: Sequence[float], k: int) -> fl
         values (`Sequence[float]`):
             Each sample's verdict, 0 to 1. An answer is worth the mean of its samples' verdicts.
         k (`int`):
-            Number of samples that vote, at most `MAX_SAMPLES` out of as many.
+            Number of samples that vote. Any of at most 1000 samples; fewer of more.
 
     Returns:
         `float`:
             The mean, 0 to 1.
 
     Raises:
-        ValueError: If `1 <= k <= n` does not hold, or there are more than `MAX_SAMPLES` samples.
+        ValueError: If `1 <= k <= n` does not hold, or there are more than `MAX_SUBSETS` subsets.
     """
     n = len(classes)
     if len(values) != n:
@@ -93,8 +93,6 @@ def majority_at_k(classes: Sequence[Any], values: Sequence[float], k: int) -> fl
     (size,) = _whole("k", k).reshape(1)
     if not 1 <= size <= n:
         raise ValueError(f"k must be from 1 to the number of samples, got k = {size} where n = {n}")
-    if n > MAX_SAMPLES:
-        raise ValueError(f"the majority is counted for at most {MAX_SAMPLES} samples of a problem, got {n}")
     verdicts: dict[Any, list[float]] = {}
     for answer, value in zip(classes, values, strict=True):
         if answer is not None:
@@ -103,8 +101,11 @@ def majority_at_k(classes: Sequence[Any], values: Sequence[float], k: int) -> fl
     if size == n:  # one subset: nothing to count
         winners = [math.fsum(found) / len(found) for found in verdicts.values() if len(found) == counts[-1]]
         return math.fsum(winners) / len(winners) if winners else 0.0
-    # most figures ask for at most half of the samples, which costs a quarter of the work
-    wins = _wins(counts, n, n if size > n // 2 else n // 2)
+    # One count for all the usual sizes: most figures ask for few of the samples, and few cost little.
+    most = next(limit for limit in (min(64, n // 2), min(64, n), n // 2, n) if size <= limit)
+    if math.comb(n, min(most, n // 2)) > MAX_SUBSETS:
+        raise ValueError(f"there are too many subsets of {size} of {n} samples to count: ask for fewer samples")
+    wins = _wins(counts, n, most)
     worth = (wins[len(found)][size] * (math.fsum(found) / len(found)) for found in verdicts.values())
     return min(1.0, math.fsum(worth))
 
@@ -127,41 +128,45 @@ def _wins(counts: tuple[int, ...], n: int, most: int) -> dict[int, np.ndarray]:
     """
     distinct = sorted(set(counts))
     wins = np.zeros((len(distinct), most + 1))
-    for winning in range(1, max(counts, default=0) + 1):
-        # Classes that cannot reach the winning number, and samples without one: all their subsets, at their sizes.
+    for winning in range(1, min(most, max(counts, default=0)) + 1):
         reaching = [count for count in counts if count >= winning]
-        product = _binomials(n - sum(reaching), n, most)[None]  # without any of `reaching`: [ties, size]
-        marked = np.zeros(
-            (len(distinct), 1, most + 1)
-        )  # the same, where a class of this number of samples is a winner
-        for count in counts:
-            if count >= winning:
-                below = _multiplication(_binomials(count, winning - 1, most))
-                at = _multiplication(_binomials(count, winning, most) - _binomials(count, winning - 1, most))
-                winner = product @ at
-                grown = np.pad(marked @ below, [(0, 0), (0, 1), (0, 0)])
-                grown[:, 1:] += marked @ at
-                grown[distinct.index(count), 1:] += winner
-                marked = grown
-                product = np.pad(product @ below, [(0, 1), (0, 0)])
-                product[1:] += winner
-        ties = np.maximum(np.arange(marked.shape[1]), 1)
-        wins += (marked / ties[:, None]).sum(axis=1)
+        ties = np.arange(len(reaching) + 1)
+        # Coefficients by ties and size. At first of the classes that cannot reach the winning number, and of samples
+        # without a class: all their subsets.
+        product = np.zeros((len(ties), most + 1))
+        product[0] = _binomials(n - sum(reaching), n, most)
+        # The same, but only where a class of this number of samples is among the winners.
+        marked = np.zeros((len(distinct), len(ties), most + 1))
+        for done, count in enumerate(reaching, start=1):
+            below = _multiplication(_binomials(count, winning - 1, most))
+            at = _multiplication(_binomials(count, winning, most) - _binomials(count, winning - 1, most))
+            winner, marked_winner = product[:done] @ at, marked[:, :done] @ at
+            product[:done] = product[:done] @ below
+            product[1 : done + 1] += winner
+            marked[:, :done] = marked[:, :done] @ below
+            marked[:, 1 : done + 1] += marked_winner
+            marked[distinct.index(count), 1 : done + 1] += winner
+        wins += (marked / np.maximum(ties, 1)[:, None]).sum(axis=1)
     subsets = _binomials(n, n, most)
     return {count: wins[row] / (subsets * counts.count(count)) for row, count in enumerate(distinct)}
+
+
+def _multiplication(coefficients: np.ndarray) -> np.ndarray:
+    """The matrix that multiplies polynomials on its left by this one; higher powers are dropped."""
+    padded = np.concatenate([coefficients, np.zeros(len(coefficients))])
+    return padded[_differences(len(coefficients))]
+
+
+@lru_cache(maxsize=16)
+def _differences(size: int) -> np.ndarray:
+    """Column minus row; the negative ones index the end of a list."""
+    return np.arange(size) - np.arange(size)[:, None]
 
 
 @lru_cache(maxsize=4096)
 def _binomials(count: int, limit: int, degree: int) -> np.ndarray:
     """Coefficients of x^0 to x^degree: the ways to take that many, at most `limit`, of `count` samples."""
     return np.array([float(math.comb(count, size)) if size <= limit else 0.0 for size in range(degree + 1)])
-
-
-def _multiplication(coefficients: np.ndarray) -> np.ndarray:
-    """The matrix that multiplies polynomials on its left by this one; higher powers are dropped."""
-    size = len(coefficients)
-    padded = np.concatenate([np.zeros(size - 1), coefficients])
-    return np.lib.stride_tricks.sliding_window_view(padded, size)[::-1]
 
 
 def wilson_interval(successes: Any, n: Any, level: float = LEVEL) -> tuple[Any, Any]:
