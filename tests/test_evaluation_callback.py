@@ -20,7 +20,7 @@ from datasets import Dataset
 from read_wandb import logged_to_wandb
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import (
@@ -286,6 +286,30 @@ def test_the_policys_engine_generates(policy, tmp_path, scripted, monkeypatch):
         assert (options["seed"], options["max_new_tokens"], options["batch_size"]) == (7, 5, 3)
         assert options["temperature"] == 0.5
     assert len(script.calls) == 2
+
+
+def test_bars_do_not_stand_in_each_others_way(policy, tmp_path, monkeypatch):
+    """The bar of the trainer's own evaluation is closed before ours begins."""
+    events = []
+
+    class Bars(ProgressCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            events.append("closed" if self.prediction_bar is None else "closes")
+            super().on_evaluate(args, state, control, **kwargs)
+
+    class Seeing(Scripted):
+        def __call__(self, *args, **options):
+            events.append(options["description"])
+            return super().__call__(*args, **options)
+
+    script = Seeing(1)
+    monkeypatch.setattr(callback, "evaluate", script)
+    trainer = make_trainer(policy, tmp_path, max_steps=1, **EVERY_STEP, disable_tqdm=False)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Bars)
+    script.of(trainer)
+    trainer.train()
+    assert events == ["Evaluating before", "closes", "Evaluating at step 1", "closed"]
 
 
 @pytest.mark.parametrize(

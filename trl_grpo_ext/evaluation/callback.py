@@ -196,11 +196,12 @@ class EvaluationCallback(TrainerCallback):
         if self.at_ends:
             self._evaluate(BEFORE, state)
             self.before = self._latest_figures
+            for bar in filter(None, (callback.training_bar for callback in self._progress_callbacks())):
+                bar.unpause()  # the time that training takes is counted from here
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        for callback in self._trainer.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback):  # its bar of the trainer's own evaluation has come to its end
-                callback.on_evaluate(args, state, control)
+        for callback in self._progress_callbacks():
+            callback.on_evaluate(args, state, control)  # the bar of the trainer's own evaluation has come to its end
         metrics = {} if metrics is None else metrics
         if not self._knows_the_weights(state, metrics):
             self._evaluate(STEP, state)
@@ -221,6 +222,10 @@ class EvaluationCallback(TrainerCallback):
         else:
             self._keep_again_as(AFTER)
         self.after = self._latest_figures
+
+    def _progress_callbacks(self) -> list[ProgressCallback]:
+        callbacks = self._trainer.callback_handler.callbacks
+        return [callback for callback in callbacks if isinstance(callback, ProgressCallback)]
 
     def _knows_the_weights(self, state: Any, metrics: Mapping[str, Any]) -> bool:
         """Whether the latest evaluation was of the weights of now.
