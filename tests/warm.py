@@ -40,6 +40,7 @@ MODULES = (
     "safetensors.torch",
     "trl_grpo_ext.evaluation",
     "trl_grpo_ext.rewards",
+    "trl_grpo_ext.script",
     "trl_grpo_ext.tasks",
     "trl_grpo_ext.trainer",
 )

@@ -7,8 +7,9 @@
 - [`UndisturbedEvaluationMixin`]: an evaluation in between changes nothing of what is trained;
 - [`EvaluationCallback`]: held-out problems before, during and after training, in every tracker;
 - [`trl_grpo_ext.objective`]: the loss types and the sampler's correction as pure functions;
-- [`trl_grpo_ext.tasks`]: GSM8K, and word problems made from a seed;
+- [`trl_grpo_ext.tasks`]: anybody's questions and answers, GSM8K, MATH, SVAMP, ASDiv, and word problems from a seed;
 - [`trl_grpo_ext.evaluation`]: accuracies under four conventions, pass@k and maj@k, with intervals;
+- [`trl_grpo_ext.grpo`]: GRPO on any data, as a script; [`trl_grpo_ext.script`]: what such scripts need;
 - [`trl_grpo_ext.embedded_policy`]: a tiny policy for runs without a hub.
 
 Importing this package imports no torch; the trainer's names are looked up when they are first used.
