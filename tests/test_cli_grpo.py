@@ -96,8 +96,11 @@ def test_a_configuration_of_trls_trains(folder, policy, capsys):
     summary = json.loads((folder / "out" / "summary.json").read_text())
     assert (summary["dataset"], summary["optimizer_steps"]) == ("json", 2)
     # the same file with keys that are ours; the run's own file starts the same run
-    config = write_config(folder, policy, datasets=MIXTURE, shared_prefix="off", save_steps=1, overwrite_run=True)
+    # (and the mixture goes before a data set's name, as for `trl grpo`)
+    ours_too = {"shared_prefix": "off", "save_steps": 1, "overwrite_run": True, "dataset_name": "problems.csv"}
+    config = write_config(folder, policy, datasets=MIXTURE, **ours_too)
     grpo.main(["--config", config])
+    assert json.loads((folder / "out" / "summary.json").read_text())["dataset"] == "json"
     grpo.main(["--config", str(folder / "out" / RUN_FILE), "--resume_from_checkpoint", "auto", "--max_steps", "3"])
     log = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
