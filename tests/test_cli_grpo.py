@@ -104,6 +104,12 @@ def test_a_configuration_of_trls_trains(folder, policy, capsys):
     grpo.main(["--config", str(folder / "out" / RUN_FILE), "--resume_from_checkpoint", "auto", "--max_steps", "3"])
     log = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+    # a run that is done, and is started again, stays as it is
+    done = load_file(folder / "out" / "model.safetensors")
+    grpo.main(["--config", str(folder / "out" / RUN_FILE), "--resume_from_checkpoint", "auto"])
+    assert json.loads((folder / "out" / "summary.json").read_text())["optimizer_steps"] == 3
+    again = load_file(folder / "out" / "model.safetensors")
+    assert all(weight.equal(done[name]) for name, weight in again.items())
     # and it does not begin in the folder of another run
     with pytest.raises(SystemExit) as stopped:
         grpo.main(["--config", config, "--overwrite_run", "false", "--learning_rate", "0.5"])
