@@ -139,6 +139,8 @@ def to_problems(
         name (`str`, *optional*, defaults to `"the data set"`):
             What messages call it.
     """
+    from datasets import Dataset, Features
+
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"{name} has no rows")
@@ -149,10 +151,16 @@ def to_problems(
     optional = [column for column in _OPTIONAL_COLUMNS if column not in kept and getattr(problem, column) is not None]
     made = ["prompt", "answer", *optional]
     replaced = [column for column in first if column not in kept or column in made]
+    options: dict[str, Any] = {}
+    if isinstance(dataset, Dataset):  # else a column of numbers, when its new texts are digits, would be numbers again
+        texts = _features()
+        kept_features = {column: kind for column, kind in dataset.features.items() if column not in replaced}
+        options["features"] = Features({**kept_features, **{column: texts[column] for column in made}})
     return dataset.map(
         partial(_convert, layout=layout, to_row=convert, columns=made, name=name),
         with_indices=True,
         remove_columns=replaced,
+        **options,
     )
 
 
