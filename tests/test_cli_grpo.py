@@ -96,11 +96,20 @@ def test_a_configuration_of_trls_trains(folder, policy, capsys):
     summary = json.loads((folder / "out" / "summary.json").read_text())
     assert (summary["dataset"], summary["optimizer_steps"]) == ("json", 2)
     # the same file with keys that are ours; the run's own file starts the same run
-    config = write_config(folder, policy, datasets=MIXTURE, shared_prefix="off", save_steps=1, overwrite_run=True)
+    # (and the mixture goes before a data set's name, as for `trl grpo`)
+    ours_too = {"shared_prefix": "off", "save_steps": 1, "overwrite_run": True, "dataset_name": "problems.csv"}
+    config = write_config(folder, policy, datasets=MIXTURE, **ours_too)
     grpo.main(["--config", config])
+    assert json.loads((folder / "out" / "summary.json").read_text())["dataset"] == "json"
     grpo.main(["--config", str(folder / "out" / RUN_FILE), "--resume_from_checkpoint", "auto", "--max_steps", "3"])
     log = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+    # a run that is done, and is started again, stays as it is
+    done = load_file(folder / "out" / "model.safetensors")
+    grpo.main(["--config", str(folder / "out" / RUN_FILE), "--resume_from_checkpoint", "auto"])
+    assert json.loads((folder / "out" / "summary.json").read_text())["optimizer_steps"] == 3
+    again = load_file(folder / "out" / "model.safetensors")
+    assert all(weight.equal(done[name]) for name, weight in again.items())
     # and it does not begin in the folder of another run
     with pytest.raises(SystemExit) as stopped:
         grpo.main(["--config", config, "--overwrite_run", "false", "--learning_rate", "0.5"])

@@ -464,6 +464,16 @@ def test_data_sets_and_streams_that_are_loaded_already():
         assert first == {"prompt": user_says("one?"), "answer": "1"}
         (first,) = to_problems(dataset, keeps_columns=True, **options)
         assert first == {"prompt": user_says("one?"), "answer": "1", **rows[0]}
+    # references are texts, as they are from a file, also where their column had numbers
+    rows_with_numbers = [{"question": "one?", "answer": 1}, {"question": "two?", "answer": 20}]
+    for keeps_columns in (False, True):
+        numbers = to_problems(Dataset.from_list(rows_with_numbers), keeps_columns=keeps_columns)
+        assert list(numbers["answer"]) == ["1", "20"]
+    # columns that a reward looks at are not replaced by what could be made for them
+    own = {"q": "one?", "solution": r"so \boxed{1}", "id": 7}
+    options_of_own = {"question_column": "q", "answer_column": "solution", "answer_extractor": "boxed"}
+    (first,) = to_problems(Dataset.from_list([own]), keeps_columns=True, system_prompt=None, **options_of_own)
+    assert first == {"prompt": user_says("one?"), "answer": "1", **own}
     with pytest.raises(ValueError, match="mine, row 1: no text in column 'a'"):
         to_problems(Dataset.from_list(rows), name="mine", **options)
     with pytest.raises(ValueError, match="mine has no rows"):

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from pyarrow import ArrowException
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
@@ -124,7 +125,9 @@ def find_heldout(dataset: Any, num_items: int) -> Dataset | None:
         problems = Dataset.from_list([{column: row[column] for column in columns} for row in rows])
         check_problems(problems)
     except (ValueError, ArrowException) as error:
-        print(f"note: the policy's answers are not evaluated, rewards alone are: {one_line(error)}", file=sys.stderr)
+        if PartialState().is_main_process:
+            note = f"note: the policy's answers are not evaluated, rewards alone are: {one_line(error)}"
+            print(note, file=sys.stderr)
         return None
     return problems
 
@@ -171,7 +174,8 @@ def main(argv: list[str]) -> None:
     if trainer.accelerator.is_main_process:
         before, after = (None, None) if evaluation is None else (evaluation.before, evaluation.after)
         seconds = time.perf_counter() - started
-        dataset = args.dataset_name or ", ".join(part.path for part in mixture_args.datasets)
+        mixture = ", ".join(part.path for part in mixture_args.datasets)  # over `dataset_name`, as for `trl grpo`
+        dataset = mixture or args.dataset_name
         summary = script.write_summary(trainer, before, after, seconds=seconds, model=name, dataset=dataset)
         script.print_summary(summary, before, after, {"heldout": "held-out problems"})
     trainer.accelerator.wait_for_everyone()  # a process that is gone early can leave another one waiting

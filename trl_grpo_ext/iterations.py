@@ -507,6 +507,8 @@ class MultiIterationMixin(OrderedMixin):
         is_arranged = self._rollouts is not None and self._rollouts.is_arranged
         if is_arranged and compat.step(self) % (self._window_within_rollouts() or 1) != 0:
             compat.set_buffered_micro_batches(self, None)
+        if self.state.global_step >= max_steps:  # transformers looks at this behind a step, and would take one more
+            return num_train_epochs, 0
         if resume_from_checkpoint is None or has_length(self.train_dataset):
             return epochs, batches
         # Of a stream, which has no length, transformers takes all steps for steps of the first epoch. How many batches

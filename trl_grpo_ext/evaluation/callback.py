@@ -71,7 +71,7 @@ class Record:
             content = json.loads(line)
             figures = Figures.from_dict(content["figures"])
             return cls(str(content["evaluation"]), int(content["step"]), str(content["set"]), figures)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return None
 
 

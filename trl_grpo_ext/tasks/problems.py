@@ -135,22 +135,32 @@ def to_problems(
         question_column, answer_column, answer_extractor, system_prompt, with_example:
             As for [`load_problems`].
         keeps_columns (`bool`, *optional*, defaults to `False`):
-            Keep the other columns, for rewards that look at them.
+            Keep the other columns, for rewards that look at them; an `id` or a `solution` among them stays as it is.
         name (`str`, *optional*, defaults to `"the data set"`):
             What messages call it.
     """
+    from datasets import Dataset, Features
+
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"{name} has no rows")
     layout = choose_layout(first, question_column, answer_column, answer_extractor)
     convert = partial(_to_row, system_prompt=system_prompt, with_example=with_example)
     problem = _read(f"{name}, row 0", first, layout)
-    made = ["prompt", "answer", *(column for column in _OPTIONAL_COLUMNS if getattr(problem, column) is not None)]
-    replaced = [column for column in first if not keeps_columns or column in made]
+    kept = set(first) if keeps_columns else set()
+    optional = [column for column in _OPTIONAL_COLUMNS if column not in kept and getattr(problem, column) is not None]
+    made = ["prompt", "answer", *optional]
+    replaced = [column for column in first if column not in kept or column in made]
+    options: dict[str, Any] = {}
+    if isinstance(dataset, Dataset):  # else a column of numbers, when its new texts are digits, would be numbers again
+        texts = _features()
+        kept_features = {column: kind for column, kind in dataset.features.items() if column not in replaced}
+        options["features"] = Features({**kept_features, **{column: texts[column] for column in made}})
     return dataset.map(
         partial(_convert, layout=layout, to_row=convert, columns=made, name=name),
         with_indices=True,
         remove_columns=replaced,
+        **options,
     )
 
 
@@ -167,7 +177,9 @@ def load_files(
 
     layout = next((choose(row) for file in files for _, row in read_rows(file)), None)
     if layout is None:
-        raise ValueError(f"{_listed(files)} has no rows: it must hold one JSON object a line, or parquet")
+        raise ValueError(
+            f"{_listed(files)} has no rows: each problem must be one, of JSON Lines, JSON, CSV or parquet"
+        )
     arguments: dict[str, Any] = {
         "files": [str(file.resolve()) for file in files],
         "layout": layout,
