@@ -130,6 +130,8 @@ def test_a_model_without_a_chat_template(evaluate, tmp_path, capsys):
         (["--items", "0"], 2, "--items must be at least 1, got 0"),
         (["--temperature", "0"], 2, "--temperature must be a number above 0, got 0.0"),
         (["--samples_per_item", "-1"], 2, "--samples_per_item must not be negative, got -1"),
+        (["--seed", "-1", "--samples_per_item", "1"], 2, "--seed must not be negative, got -1"),
+        (["--output_dir", __file__], 2, "is no folder"),
         (["--backend", "llama"], 2, "llama"),
         (["--dtype", "float3"], 2, "float3"),
         (["--max_new_token", "3"], 2, "did you mean --max_new_tokens?"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..arguments import OneLineParser
 from ..exits import one_line, stop
 from ..screen import show
+from ._files import write_json
 
 
 if TYPE_CHECKING:
@@ -134,6 +135,10 @@ class EvaluateArguments:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.samples_per_item < 0:
             raise ValueError(f"--samples_per_item must not be negative, got {self.samples_per_item}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, got {self.seed}")
+        if self.output_dir and Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
+            raise ValueError(f"--output_dir: {self.output_dir!r} is no folder")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"--temperature must be a number above 0, got {self.temperature}")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -235,7 +240,7 @@ def _evaluate(args: EvaluateArguments) -> None:
         stop(1, error)
     if not is_main:
         return
-    (output_dir / "figures.json").write_text(json.dumps(evaluation.figures.to_dict(), indent=1) + "\n")
+    write_json(str(output_dir / "figures.json"), evaluation.figures.to_dict())
     show(lambda: table_of({args.model_name_or_path: evaluation.figures}))
     on_disk = len(evaluation.answers) - evaluation.generated
     print(

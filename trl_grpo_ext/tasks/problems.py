@@ -167,7 +167,7 @@ def load_files(
 
     layout = next((choose(row) for file in files for _, row in read_rows(file)), None)
     if layout is None:
-        raise ValueError(f"{_listed(files)} has no rows: it must hold one JSON object a line, or parquet")
+        raise ValueError(f"{_listed(files)} has no rows")
     arguments: dict[str, Any] = {
         "files": [str(file.resolve()) for file in files],
         "layout": layout,
