@@ -3,7 +3,10 @@
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -127,6 +130,8 @@ def test_a_model_without_a_chat_template(evaluate, tmp_path, capsys):
         (["--items", "0"], 2, "--items must be at least 1, got 0"),
         (["--temperature", "0"], 2, "--temperature must be a number above 0, got 0.0"),
         (["--samples_per_item", "-1"], 2, "--samples_per_item must not be negative, got -1"),
+        (["--seed", "-1", "--samples_per_item", "1"], 2, "--seed must not be negative, got -1"),
+        (["--output_dir", __file__], 2, "is no folder"),
         (["--backend", "llama"], 2, "llama"),
         (["--dtype", "float3"], 2, "float3"),
         (["--max_new_token", "3"], 2, "did you mean --max_new_tokens?"),
@@ -140,7 +145,7 @@ def test_what_cannot_be_had_is_one_line(evaluate, capsys, arguments, status, sai
 
 
 def test_vllm_that_is_not_there(evaluate, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(SystemExit, match="1"):
         evaluate("--backend", "vllm")
     assert "vLLM is not installed" in one_line(capsys)
@@ -148,6 +153,85 @@ def test_vllm_that_is_not_there(evaluate, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         evaluate("--backend", "vllm")
     assert "start one process" in one_line(capsys)
+
+
+class StandInForVLLM:
+    """Takes what `vllm.LLM` takes, and answers with the token that ends a completion."""
+
+    made: ClassVar[list[dict]] = []
+
+    def __init__(self, **arguments):
+        if "max_num_seqz" in arguments:
+            raise TypeError("EngineArgs.__init__() got an unexpected keyword argument 'max_num_seqz'")
+        if arguments.get("quantization") == "awq":
+            raise RuntimeError("Engine core initialization failed.\nSee root cause above.")
+        self.made.append(arguments)
+
+    def generate(self, prompts, sampling_params, use_tqdm):
+        ends = [params.stop_token_ids[:1] for params in sampling_params]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=end)]) for end in ends]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    made: list[dict] = []
+    monkeypatch.setattr(StandInForVLLM, "made", made)
+    module = SimpleNamespace(LLM=StandInForVLLM, SamplingParams=lambda **settings: SimpleNamespace(**settings))
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")  # the command sets it: taken back afterwards
+    return made
+
+
+def test_further_arguments_of_vllm(evaluate, stand_in, capsys, tmp_path):
+    evaluate("--backend", "vllm", output="plain")
+    folder = evaluate("--backend", "vllm", "--vllm_kwargs", '{"enforce_eager": true, "quantization": "fp8"}')
+    plain, given = stand_in
+    assert given == {**plain, "enforce_eager": True, "quantization": "fp8"}
+    assert completions(folder) == [""] * 3
+    # in a file they are a mapping; how fast it goes may change
+    config = tmp_path / "evaluate.yaml"
+    config.write_text("backend: vllm\nvllm_kwargs:\n  quantization: fp8\n  max_num_seqs: 8\n  max_model_len: 4096\n")
+    evaluate("--config", config, "--samples_per_item", 1)
+    assert stand_in[2] == {**plain, "quantization": "fp8", "max_num_seqs": 8, "max_model_len": 4096}
+    assert "3 answers generated, 3 were on disk already" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):  # what answers depend on may not
+        evaluate("--backend", "vllm", "--vllm_kwargs", '{"quantization": "int8"}')
+    assert "vllm_kwargs {'quantization': 'fp8'}, and now it is {'quantization': 'int8'}" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "found"),
+    [
+        ('{"max_num_seqz": 3}', "EngineArgs.__init__() got an unexpected keyword argument 'max_num_seqz'"),
+        ('{"quantization": "awq"}', "Engine core initialization failed. See root cause above."),
+    ],
+)
+def test_vllm_that_does_not_start(evaluate, stand_in, capsys, kwargs, found):
+    with pytest.raises(SystemExit, match="1"):
+        evaluate("--backend", "vllm", "--vllm_kwargs", kwargs)
+    assert f"vLLM cannot start: {found}" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (["--vllm_kwargs", '{"enforce_eager": true}'], "--vllm_kwargs is for vLLM"),
+        (["--tensor_parallel_size", "2"], "--tensor_parallel_size is for vLLM"),
+        (["--gpu_memory_utilization", "0.5"], "--gpu_memory_utilization is for vLLM"),
+        (["--backend", "vllm", "--vllm_kwargs", "{enforce_eager"], "must be a JSON object"),
+        (["--backend", "vllm", "--vllm_kwargs", "[1]"], "no mapping"),
+        (["--backend", "vllm", "--vllm_kwargs", '{"dtype": "half"}'], "'dtype' has an option of its own, --dtype"),
+        (
+            ["--backend", "vllm", "--attn_implementation", "sdpa"],
+            "--attn_implementation is for --backend transformers",
+        ),
+    ],
+)
+def test_options_of_the_other_backend(evaluate, stand_in, capsys, options, found):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(*options)
+    assert found in one_line(capsys)
+    assert stand_in == []
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`trl-grpo-ext grade` and `compare`: what they write, print and refuse."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -73,6 +74,30 @@ def test_without_rich_there_are_figures_and_a_note(tmp_path, lines, capsys, monk
     shown = capsys.readouterr()
     assert shown.err.count("trl_grpo_ext[report]") == 2
     assert "No difference can be told under answer" in shown.out
+
+
+def test_a_packed_file(tmp_path, lines, capsys):
+    plain = write(tmp_path / "answers.jsonl", lines)
+    packed = gzip.compress((tmp_path / "answers.jsonl").read_bytes())
+    (tmp_path / "answers.jsonl.gz").write_bytes(packed)
+    outputs = []
+    for file in (plain, f"{plain}.gz"):
+        main(["grade", file, "--output", str(tmp_path / "figures.json"), "--lines", str(tmp_path / "verdicts.jsonl")])
+        outputs.append([(tmp_path / name).read_text() for name in ("figures.json", "verdicts.jsonl")])
+    assert outputs[0] == outputs[1]
+    capsys.readouterr()
+    (tmp_path / "answers.jsonl.gz").write_bytes(packed[:-20])
+    with pytest.raises(SystemExit, match="1"):
+        main(["grade", f"{plain}.gz"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be unpacked" in line
+
+
+def test_figures_go_into_a_pipe(tmp_path, lines):
+    file = write(tmp_path / "answers.jsonl", lines)
+    command = [sys.executable, "-m", "trl_grpo_ext", "grade", file, "--output", "/dev/stderr"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(ended.stderr)["items"] == 4
 
 
 def test_without_files_it_prints_alone(tmp_path, lines, capsys):
@@ -228,6 +253,15 @@ def test_problems_are_paired_by_id(tmp_path, capsys):
     assert (found["answer"]["only_a"], found["answer"]["only_b"]) == (1, 1)
     assert found["answer"]["a"] == 0.5
     assert "in one alone: 1 of a, 1 of b" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_id_that_is_a_text_and_a_number(tmp_path, capsys):
+    one = {"completion": RIGHT, "answer": 5}
+    both = write(tmp_path / "both.jsonl", [{"id": 1, **one}, {"id": "1", **one}])
+    with pytest.raises(SystemExit, match="1"):
+        main(["compare", both, write(tmp_path / "b.jsonl", [{"id": 1, **one}])])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "both as a text and as a number" in line
 
 
 def test_samples_are_compared_too(tmp_path, capsys):

@@ -1,15 +1,17 @@
 """`trl-grpo-ext evaluate`: let a model answer a data set's questions, and keep and grade the answers."""
 
+import json
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import OneLineParser
-from ..exits import stop
+from ..exits import one_line, stop
 from ..screen import show
+from ._files import write_json
 
 
 if TYPE_CHECKING:
@@ -20,6 +22,20 @@ trl-grpo-ext evaluate --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_
 trl-grpo-ext evaluate --model_name_or_path outputs/run/checkpoint-100 --dataset_name test.csv --answer_column solution
 accelerate launch --num_processes 8 -m trl_grpo_ext evaluate --model_name_or_path ... --dataset_name ...
 """
+
+# Arguments of vllm.LLM that have an option here
+OPTIONS_OF_VLLM = {
+    "model": "model_name_or_path",
+    "revision": "model_revision",
+    **{
+        name: name for name in ("dtype", "seed", "trust_remote_code", "tensor_parallel_size", "gpu_memory_utilization")
+    },
+}
+# Those on which answers depend no more than on the size of a batch, so that an evaluation may go on with others
+OF_SPEED = (
+    *("enforce_eager", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "swap_space"),
+    *("cpu_offload_gb", "enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats", "compilation_config"),
+)
 
 
 @dataclass
@@ -94,6 +110,13 @@ class EvaluateArguments:
     )
     tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that vLLM shares the model out over."})
     gpu_memory_utilization: float = field(default=0.9, metadata={"help": "Share of a GPU's memory that vLLM takes."})
+    vllm_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Further arguments of vllm.LLM, as a JSON object: "
+            '\'{"enforce_eager": true, "max_num_seqs": 64, "quantization": "fp8"}\'.'
+        },
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "Transformers' name of an attention."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
@@ -112,12 +135,41 @@ class EvaluateArguments:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.samples_per_item < 0:
             raise ValueError(f"--samples_per_item must not be negative, got {self.samples_per_item}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, got {self.seed}")
+        if self.output_dir and Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
+            raise ValueError(f"--output_dir: {self.output_dir!r} is no folder")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"--temperature must be a number above 0, got {self.temperature}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"--gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
             )
+        self._check_backend()
+
+    @property
+    def for_vllm(self) -> dict[str, Any]:
+        """Further arguments of `vllm.LLM`."""
+        return self.vllm_kwargs if isinstance(self.vllm_kwargs, dict) else {}
+
+    def _check_backend(self) -> None:
+        """Refuse what the backend would ignore, and make an object of `vllm_kwargs`."""
+        if isinstance(self.vllm_kwargs, str):
+            try:
+                self.vllm_kwargs = json.loads(self.vllm_kwargs)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"--vllm_kwargs must be a JSON object, got {self.vllm_kwargs!r}: {error}") from None
+        if self.backend == "vllm":
+            if self.attn_implementation is not None:
+                raise ValueError("--attn_implementation is for --backend transformers; vLLM chooses its own")
+            for name in self.for_vllm:
+                if name in OPTIONS_OF_VLLM:
+                    raise ValueError(f"--vllm_kwargs: {name!r} has an option of its own, --{OPTIONS_OF_VLLM[name]}")
+            return
+        for name in ("vllm_kwargs", "tensor_parallel_size", "gpu_memory_utilization"):
+            default = next(item.default for item in fields(self) if item.name == name)
+            if getattr(self, name) != default:
+                raise ValueError(f"--{name} is for vLLM, which --backend vllm asks for; got --backend {self.backend}")
 
 
 def main(arguments: list[str]) -> None:
@@ -144,8 +196,6 @@ def default_output_dir(model: str, dataset: str) -> str:
 
 
 def _evaluate(args: EvaluateArguments) -> None:
-    import json
-
     from transformers.utils import logging as transformers_logging
 
     from ..evaluation import evaluate, table_of
@@ -161,7 +211,7 @@ def _evaluate(args: EvaluateArguments) -> None:
         place = locate(args.model_name_or_path)
         if is_main and place.startswith(f"{args.model_name_or_path.rstrip('/')}/"):
             print(f"note: {args.model_name_or_path} has no model yet: taking {Path(place).name}", file=sys.stderr)
-        settings = {
+        settings: dict[str, Any] = {
             "model": args.model_name_or_path,
             **({"revision": args.model_revision} if args.model_revision else {}),
             **({"weights": fingerprint(place)} if Path(place).is_dir() else {}),
@@ -169,6 +219,9 @@ def _evaluate(args: EvaluateArguments) -> None:
         if args.backend == "vllm":
             generator = _start_vllm(args, place, dtype, problems)
             settings["dtype"] = dtype
+            further = {name: value for name, value in args.for_vllm.items() if name not in OF_SPEED}
+            if further:
+                settings["vllm_kwargs"] = further
         else:
             generator = _load_model(args, place, dtype, _device(accelerator))
         evaluation = evaluate(
@@ -187,7 +240,7 @@ def _evaluate(args: EvaluateArguments) -> None:
         stop(1, error)
     if not is_main:
         return
-    (output_dir / "figures.json").write_text(json.dumps(evaluation.figures.to_dict(), indent=1) + "\n")
+    write_json(str(output_dir / "figures.json"), evaluation.figures.to_dict())
     show(lambda: table_of({args.model_name_or_path: evaluation.figures}))
     on_disk = len(evaluation.answers) - evaluation.generated
     print(
@@ -288,14 +341,21 @@ def _start_vllm(args: EvaluateArguments, place: str, dtype: str, problems: "Data
             options["revision"] = None
         tokenizer = load_tokenizer(place, **options)
         longest = max(len(to_ids(tokenizer, prompt)) for prompt in problems["prompt"])
-        llm = LLM(
-            model=place,
-            dtype=dtype,
-            max_model_len=longest + args.max_new_tokens,
-            tensor_parallel_size=args.tensor_parallel_size,
-            gpu_memory_utilization=args.gpu_memory_utilization,
-            seed=args.seed,
-            **options,
-        )
+        options |= {"max_model_len": longest + args.max_new_tokens, **args.for_vllm}
+        try:
+            llm = LLM(
+                model=place,
+                dtype=dtype,
+                tensor_parallel_size=args.tensor_parallel_size,
+                gpu_memory_utilization=args.gpu_memory_utilization,
+                seed=args.seed,
+                **options,
+            )
+        except Exception as error:  # what vLLM raises has no type in common, and the cause may be in what it printed
+            cause = one_line(error) or type(error).__name__
+            stop(
+                1,
+                f"vLLM cannot start: {cause[:500]} (--vllm_kwargs reaches vLLM's settings, or --backend transformers)",
+            )
         end_ids = end_ids_of(tokenizer, generation_config_of(place, args.model_revision))
     return {"model": None, "tokenizer": tokenizer, "vllm": llm, "end_ids": end_ids}

@@ -14,10 +14,12 @@ A line is an object with the keys
 Other keys are left alone. What `trl-grpo-ext grade --lines` writes is read as well.
 """
 
+import gzip
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -149,20 +151,34 @@ def read_answers(path: str | os.PathLike[str], *, ignore_unfinished_line: bool =
 
 
 def read_lines(path: str | os.PathLike[str], *, ignore_unfinished_line: bool = False) -> dict[int, Any]:
-    """The JSON values of a file of JSON Lines by their lines' numbers, from 1; empty lines are left out."""
+    """The JSON values of a file of JSON Lines by their lines' numbers, from 1; empty lines are left out.
+
+    A file that gzip has packed is unpacked, whatever it is called.
+    """
     values = {}
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    values[number] = json.loads(text)
-            except (ValueError, RecursionError) as error:  # also what no UTF-8 is, and numbers that are too long
-                if ignore_unfinished_line and not line.endswith(b"\n"):
-                    break
-                cause = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                raise ValueError(f"{os.fspath(path)}, line {number}: it is no JSON ({cause})") from error
+    for number, line in enumerate(_lines_in(path), start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if text.strip():
+                values[number] = json.loads(text)
+        except (ValueError, RecursionError) as error:  # also what no UTF-8 is, and numbers that are too long
+            if ignore_unfinished_line and not line.endswith(b"\n"):
+                break
+            cause = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f"{os.fspath(path)}, line {number}: it is no JSON ({cause})") from error
     return values
+
+
+def _lines_in(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        if file.peek(2)[:2] != b"\x1f\x8b":
+            yield from file
+            return
+        try:
+            with gzip.open(file) as unpacked:
+                yield from unpacked
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{os.fspath(path)}: it cannot be unpacked ({error})") from error
 
 
 def answers_of_lines(path: str | os.PathLike[str], lines: Mapping[int, Any]) -> list[Answer]:
@@ -212,11 +228,11 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[Mapping[str, Any]]
 
 def write_at_once(path: str | os.PathLike[str], parts: Iterable[bytes]) -> None:
     """Write a file whole; whoever reads it meanwhile, or when this is interrupted, finds what was there before."""
-    file = Path(path).resolve()  # what a link names, not the link
-    if file.exists() and not file.is_file():  # a terminal or a pipe, which must not be replaced
-        with open(file, "wb") as stream:
+    if os.path.exists(path) and not os.path.isfile(path):  # a terminal or a pipe, which must not be replaced
+        with open(path, "wb") as stream:
             stream.writelines(parts)
         return
+    file = Path(path).resolve()  # what a link names, not the link
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with open(aside, "wb") as stream:

@@ -185,7 +185,11 @@ def comparison_table(comparison: Comparison, convention: str = MAIN, names: tupl
 
 def _problems(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
     """Each problem's answers by its id, as a text: one writer's numbers are another's texts."""
-    return {str(found[0].id): found for found in by_problem(answers)}
+    problems: dict[str, list[Answer]] = {}
+    for found in by_problem(answers):
+        if problems.setdefault(str(found[0].id), found) is not found:
+            raise ValueError(f"one of them has the id {shortened(str(found[0].id))} both as a text and as a number")
+    return problems
 
 
 def _pairs(a: Sequence[Answer], b: Sequence[Answer]) -> tuple[list[list[Answer]], list[list[Answer]]]:
