@@ -169,6 +169,8 @@ class StandInForVLLM:
 
     def generate(self, prompts, sampling_params, use_tqdm):
         ends = [params.stop_token_ids[:1] for params in sampling_params]
+        with use_tqdm(total=len(ends), desc="of vLLM") as bar:  # it may take a bar's maker
+            bar.update(len(ends))
         return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=end)]) for end in ends]
 
 
@@ -188,6 +190,7 @@ def test_further_arguments_of_vllm(evaluate, stand_in, capsys, tmp_path):
     plain, given = stand_in
     assert given == {**plain, "enforce_eager": True, "quantization": "fp8"}
     assert completions(folder) == [""] * 3
+    assert "of vLLM:   0%" in capsys.readouterr().err
     # in a file they are a mapping; how fast it goes may change
     config = tmp_path / "evaluate.yaml"
     config.write_text("backend: vllm\nvllm_kwargs:\n  quantization: fp8\n  max_num_seqs: 8\n  max_model_len: 4096\n")

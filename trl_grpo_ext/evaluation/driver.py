@@ -280,6 +280,7 @@ def evaluate(
             vllm=vllm,
             end_ids=end_ids,
             unwrap_options=unwrap_options or {},
+            shows_progress=not progress.disable,
         )
     order = {problem.id: position for position, problem in enumerate(problems)}
     answers = sorted(found.values(), key=lambda answer: (order[answer.id], answer.temperature, answer.sample))
@@ -437,6 +438,7 @@ def _generate_all(
     vllm: Any,
     end_ids: Sequence[int] | None,
     unwrap_options: Mapping[str, Any],
+    shows_progress: bool,
 ) -> None:
     """Generate the answers that are asked for, and `keep` each chunk of them; all processes call it together."""
     if not tasks:
@@ -461,7 +463,7 @@ def _generate_all(
         elif is_trainers:
             complete = partial(generate_with_trainers_vllm, vllm, tokenizer, **options)
         else:
-            complete = partial(generate_with_vllm, vllm, tokenizer, **options)
+            complete = partial(generate_with_vllm, vllm, tokenizer, shows_progress=shows_progress, **options)
         for chunk in _chunks(tasks, (batch_size if vllm is None else ANSWERS_OF_VLLM_AT_ONCE) * num_processes):
             requests = [
                 Request(task.problem.prompt_ids, task.temperature, stream_of(seed, task.problem.id, task.sample))

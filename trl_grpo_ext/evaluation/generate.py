@@ -12,10 +12,12 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -235,8 +237,9 @@ def generate_with_vllm(
     *,
     max_new_tokens: int,
     end_ids: Sequence[int],
+    shows_progress: bool = False,
 ) -> list[Completion]:
-    """[`generate`] with a vLLM of one's own, which seeds each request."""
+    """[`generate`] with a vLLM of one's own, which seeds each request, with a bar of its own if that is asked for."""
     from vllm import SamplingParams
 
     params = [
@@ -250,7 +253,8 @@ def generate_with_vllm(
         for request in requests
     ]
     prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
-    outputs = vllm.generate(prompts, sampling_params=params, use_tqdm=False)
+    bar = partial(tqdm, leave=False) if shows_progress else False  # goes away when all of these are there
+    outputs = vllm.generate(prompts, sampling_params=params, use_tqdm=bar)
     return [_to_completion(tokenizer, list(output.outputs[0].token_ids), end_ids) for output in outputs]
 
 
