@@ -29,7 +29,7 @@ from .ranks import run_as_rank
 from .rewards.bundle import RewardBundle
 from .runs import CHANGED, settings_of
 from .script_arguments import GRPOExtScriptArguments
-from .tasks import SYSTEM_PROMPT, to_problems
+from .tasks import system_prompt_named, to_problems
 
 
 OPTIONS = (GRPOExtScriptArguments, GRPOExtConfig, ModelConfig, DatasetMixtureConfig)
@@ -86,11 +86,10 @@ def choose_split(splits: Any, split: str, name: str, args: GRPOExtScriptArgument
     columns: dict[str, Any] = dict(args.columns)
     if columns["question_column"] is None and "question" not in first:
         columns["question_column"] = "prompt"
-    system_prompt = SYSTEM_PROMPT if args.system_prompt is None else args.system_prompt
     return to_problems(
         dataset,
         **columns,
-        system_prompt=None if system_prompt == "none" else system_prompt,
+        system_prompt=system_prompt_named(args.system_prompt),
         keeps_columns=True,
         name=f"{name} ({split})",
     )

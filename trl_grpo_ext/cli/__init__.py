@@ -43,10 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(__version__)
         return
     if name not in SUBCOMMANDS:
-        import difflib
+        from ..arguments import suggestion
+        from ..exits import stop
 
-        nearest = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"the subcommands are {', '.join(SUBCOMMANDS)}"
-        print(f"error: there is no subcommand {name!r}: {hint}", file=sys.stderr)
-        sys.exit(2)
+        hint = suggestion(name, SUBCOMMANDS) or f": the subcommands are {', '.join(SUBCOMMANDS)}"
+        stop(2, f"there is no subcommand {name!r}{hint}")
     import_module(f"{__name__}.{name}").main(rest)

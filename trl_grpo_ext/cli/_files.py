@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,17 @@ from ..exits import stop
 
 if TYPE_CHECKING:
     from ..evaluation.answers import Answer
+
+
+@dataclass
+class BootstrapArguments:
+    """What intervals depend on."""
+
+    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, got {self.seed}")
 
 
 def graded_answers(path: str, lines: Mapping[int, Any]) -> "list[Answer]":

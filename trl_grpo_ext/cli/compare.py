@@ -6,7 +6,7 @@ from ..arguments import OneLineParser
 from ..evaluation.grade import CONVENTIONS
 from ..exits import stop
 from ..screen import show
-from ._files import check_outputs, graded_answers, lines_of, write_json
+from ._files import BootstrapArguments, check_outputs, graded_answers, lines_of, write_json
 
 
 EXAMPLE = """
@@ -16,7 +16,7 @@ trl-grpo-ext compare before.jsonl after.jsonl --convention lm_eval_flexible --ou
 
 
 @dataclass
-class CompareArguments:
+class CompareArguments(BootstrapArguments):
     """How they are compared."""
 
     convention: str = field(
@@ -33,11 +33,6 @@ class CompareArguments:
         default=False,
         metadata={"help": "Pair problems by their ids alone: for two prompts that put the same questions."},
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"--seed must not be negative, got {self.seed}")
 
 
 def main(arguments: list[str]) -> None:

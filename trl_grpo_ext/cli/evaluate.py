@@ -278,9 +278,8 @@ def _device(accelerator: Any) -> Any:
 
 
 def _load_problems(args: EvaluateArguments) -> "Dataset":
-    from ..tasks import SYSTEM_PROMPT, load_problems
+    from ..tasks import load_problems, system_prompt_named
 
-    system_prompt = {None: SYSTEM_PROMPT, "none": None}.get(args.system_prompt, args.system_prompt)
     try:
         problems = load_problems(
             args.dataset_name,
@@ -289,7 +288,7 @@ def _load_problems(args: EvaluateArguments) -> "Dataset":
             question_column=args.question_column,
             answer_column=args.answer_column,
             answer_extractor=args.answer_extractor,
-            system_prompt=system_prompt,
+            system_prompt=system_prompt_named(args.system_prompt),
             with_example=args.prompt_example,
             max_rows=args.items,
             seed=args.seed,

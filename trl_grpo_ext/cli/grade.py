@@ -6,7 +6,7 @@ from typing import Any
 from ..arguments import OneLineParser
 from ..exits import stop
 from ..screen import show
-from ._files import check_outputs, graded_answers, lines_of, write_json
+from ._files import BootstrapArguments, check_outputs, graded_answers, lines_of, write_json
 
 
 EXAMPLE = """
@@ -16,7 +16,7 @@ trl-grpo-ext grade answers.jsonl --output figures.json --lines verdicts.jsonl
 
 
 @dataclass
-class GradeArguments:
+class GradeArguments(BootstrapArguments):
     """What is written beside the table."""
 
     output: str | None = field(
@@ -29,11 +29,6 @@ class GradeArguments:
             "answer, lm_eval_strict and lm_eval_flexible. The reference moves to the key 'reference'."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"--seed must not be negative, got {self.seed}")
 
 
 def main(arguments: list[str]) -> None:

@@ -14,18 +14,17 @@ A line is an object with the keys
 Other keys are left alone. What `trl-grpo-ext grade --lines` writes is read as well.
 """
 
-import gzip
 import json
 import math
 import os
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..rewards.references import reference_to_text
 from ..rewards.text import completion_to_text
+from ..tasks.files import unpacked_lines
 from .grade import CONVENTIONS, grade
 
 
@@ -156,9 +155,9 @@ def read_lines(path: str | os.PathLike[str], *, ignore_unfinished_line: bool = F
     A file that gzip has packed is unpacked, whatever it is called.
     """
     values = {}
-    for number, line in enumerate(_lines_in(path), start=1):
+    for number, line in enumerate(unpacked_lines(path), start=1):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line.decode()
             if text.strip():
                 values[number] = json.loads(text)
         except (ValueError, RecursionError) as error:  # also what no UTF-8 is, and numbers that are too long
@@ -167,18 +166,6 @@ def read_lines(path: str | os.PathLike[str], *, ignore_unfinished_line: bool = F
             cause = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise ValueError(f"{os.fspath(path)}, line {number}: it is no JSON ({cause})") from error
     return values
-
-
-def _lines_in(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        if file.peek(2)[:2] != b"\x1f\x8b":
-            yield from file
-            return
-        try:
-            with gzip.open(file) as unpacked:
-                yield from unpacked
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{os.fspath(path)}: it cannot be unpacked ({error})") from error
 
 
 def answers_of_lines(path: str | os.PathLike[str], lines: Mapping[int, Any]) -> list[Answer]:

@@ -29,7 +29,7 @@ from trl.models import unwrap_model_for_generation
 from .. import compat
 from ..rewards.references import reference_to_text
 from ..shared_prefix.probe import undisturbed
-from .answers import Answer, append_answers, read_answers, write_answers
+from .answers import Answer, append_answers, read_answers, write_answers, write_at_once
 from .figures import Figures, figures_of
 from .generate import (
     Completion,
@@ -318,15 +318,10 @@ class AnswersFile:
             self._check_answers(answers, {task.key: task for task in tasks})
             # Of greedy answers alone it does not say how samples are drawn, and goes on saying it without any.
             self.settings = {**settings, **self.settings}
-            if not self._ends_with_a_line():
-                write_answers(self.path, answers)
-        _write_whole(self.settings_path, yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True))
+        write_at_once(
+            self.settings_path, [yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True).encode()]
+        )
         return answers
-
-    def _ends_with_a_line(self) -> bool:
-        with self.path.open("rb") as stream:
-            stream.seek(-1, os.SEEK_END)
-            return stream.read() == b"\n"
 
     def _check_settings(self) -> dict[str, Any]:
         way_out = f"name another file for the answers, or delete {self.path}"
@@ -372,13 +367,6 @@ class AnswersFile:
                     raise ValueError(f"{self.path} has {what} with another {column!r} than it has now: {way_out}")
             if answer.tokens is None or answer.finish_reason is None:
                 raise ValueError(f"{self.path} has {what} without its tokens and finish_reason: {way_out}")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file at once, in place of what is there."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    os.replace(aside, path)
 
 
 def _from_main_process(accelerator: Accelerator | None, read: Callable[[], list[Answer]]) -> list[Answer]:

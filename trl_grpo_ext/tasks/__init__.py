@@ -3,7 +3,7 @@
 from .arithmetic import load_arithmetic
 from .layouts import ANSWER_EXTRACTORS
 from .problems import load_problems, to_problems
-from .prompts import SYSTEM_PROMPT, format_solution, to_prompt
+from .prompts import SYSTEM_PROMPT, format_solution, system_prompt_named, to_prompt
 from .published import TASKS, load_asdiv, load_gsm8k, load_math, load_svamp
 
 
@@ -18,6 +18,7 @@ __all__ = [
     "load_math",
     "load_problems",
     "load_svamp",
+    "system_prompt_named",
     "to_problems",
     "to_prompt",
 ]

@@ -4,6 +4,7 @@ import codecs
 import csv
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
@@ -87,7 +88,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_json_lines(file: Path) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(_read_lines(file), start=1):
+    for number, line in enumerate(unpacked_lines(file), start=1):
         if line.strip():
             place = f"{file}, line {number}"
             yield place, _check_row(place, _parse(place, line, "a JSON object a line"))
@@ -95,14 +96,14 @@ def _read_json_lines(file: Path) -> Iterator[tuple[str, Row]]:
 
 def _read_json(file: Path) -> Iterator[tuple[str, Row]]:
     """A file that is one list: JSON knows no rows, so all of it is in memory at once."""
-    rows = _parse(str(file), b"".join(_read_lines(file)), "a list of JSON objects")
+    rows = _parse(str(file), b"".join(unpacked_lines(file)), "a list of JSON objects")
     for index, row in enumerate(rows):
         place = f"{file}, row {index}"
         yield place, _check_row(place, row)
 
 
 def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:
-    lines = (_decode(f"{file}, line {number}", line) for number, line in enumerate(_read_lines(file), start=1))
+    lines = (_decode(f"{file}, line {number}", line) for number, line in enumerate(unpacked_lines(file), start=1))
     reader = csv.DictReader(lines, strict=True)
     try:
         for row in reader:
@@ -116,7 +117,7 @@ def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _begins_with_a_list(file: Path) -> bool:
-    return next((line.lstrip()[:1] for line in _read_lines(file) if line.strip()), b"") == b"["
+    return next((line.lstrip()[:1] for line in unpacked_lines(file) if line.strip()), b"") == b"["
 
 
 def _parse(place: str, text: bytes, wanted: str) -> Any:
@@ -141,13 +142,16 @@ def _check_row(place: str, row: Any) -> Row:
     return row
 
 
-def _read_lines(file: Path) -> Iterator[bytes]:
-    """The lines of a file that may be gzipped, whatever its name, without a byte order mark."""
-    with file.open("rb") as stream:
-        is_gzipped = stream.read(len(GZIP_START)) == GZIP_START
-    with gzip.open(file) if is_gzipped else file.open("rb") as lines:
+def unpacked_lines(file: str | os.PathLike[str]) -> Iterator[bytes]:
+    """The lines of a file that may be gzipped, whatever its name, and may be a pipe, without a byte order mark.
+
+    Raises:
+        ValueError: If the file begins as a gzipped one and does not go on as one.
+    """
+    with open(file, "rb") as stream:
+        is_gzipped = stream.peek(len(GZIP_START))[: len(GZIP_START)] == GZIP_START
         try:
-            for number, line in enumerate(lines):
+            for number, line in enumerate(gzip.GzipFile(fileobj=stream) if is_gzipped else stream):
                 yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise ValueError(f"{file}: not a whole gzip file ({error})") from None
+            raise ValueError(f"{os.fspath(file)}: not a whole gzip file, it cannot be unpacked ({error})") from None

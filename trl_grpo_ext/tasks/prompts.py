@@ -10,6 +10,11 @@ SYSTEM_PROMPT = """Respond in the following format:
 </answer>"""
 
 
+def system_prompt_named(name: str | None) -> str | None:
+    """The system message that an option asks for: `SYSTEM_PROMPT` if it is left out, no message if it is `none`."""
+    return {None: SYSTEM_PROMPT, "none": None}.get(name, name)
+
+
 def to_prompt(
     question: str | list[dict[str, str]], system_prompt: str | None = SYSTEM_PROMPT, with_example: bool = False
 ) -> list[dict[str, str]]:
