@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..arguments import OneLineParser
 from ..exits import one_line, stop
 from ..screen import show
+from ..script_arguments import ColumnArguments
 from ._files import write_json
 
 
@@ -38,8 +39,8 @@ OF_SPEED = (
 )
 
 
-@dataclass
-class EvaluateArguments:
+@dataclass(kw_only=True)
+class EvaluateArguments(ColumnArguments):
     """What is evaluated, on what, and how."""
 
     model_name_or_path: str = field(
@@ -56,20 +57,6 @@ class EvaluateArguments:
     )
     split: str = field(default="test", metadata={"help": "Split on the hub or in the folder; a file is taken whole."})
     config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set on the hub."})
-    question_column: str | None = field(
-        default=None, metadata={"help": "Column with the question. Default: a published data set's, else 'question'."}
-    )
-    answer_column: str | None = field(
-        default=None, metadata={"help": "Column with the answer. Default: a published data set's, else 'answer'."}
-    )
-    answer_extractor: str | None = field(
-        default=None,
-        metadata={
-            "help": "How the answer is taken out of its column: what follows ####, the last \\boxed{}, what the "
-            "answer tag encloses, or all of it. Default: by the data set, else 'hash' if the first row has ####.",
-            "choices": ["hash", "boxed", "tag", "none"],
-        },
-    )
     system_prompt: str | None = field(
         default=None,
         metadata={"help": "System message before each question; 'none' leaves it out. Default: asks for our tags."},
@@ -285,9 +272,7 @@ def _load_problems(args: EvaluateArguments) -> "Dataset":
             args.dataset_name,
             split=args.split,
             config=args.config_name,
-            question_column=args.question_column,
-            answer_column=args.answer_column,
-            answer_extractor=args.answer_extractor,
+            **args.columns,
             system_prompt=system_prompt_named(args.system_prompt),
             with_example=args.prompt_example,
             max_rows=args.items,
