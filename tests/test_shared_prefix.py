@@ -32,7 +32,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_grpo_ext.config import GRPOExtConfig
-from trl_grpo_ext.shared_prefix import SharedPrefixMixin, attention
+from trl_grpo_ext.shared_prefix import SharedPrefixMixin, attention, kernels
 from trl_grpo_ext.shared_prefix.attention import Segments
 from trl_grpo_ext.shared_prefix.layout import packed_layout
 from trl_grpo_ext.shared_prefix.mixin import find_obstacle
@@ -622,7 +622,8 @@ def test_attention(function, num_heads, num_key_heads, head_size, dtype):
     upstream = torch.randn(1, layout.num_tokens, num_heads, head_size, generator=numbers, dtype=dtype)
 
     if function == "merged":
-        output = attention._MergedAttention.apply(*states, 0.3, segments)
+        by_token = (state[0].transpose(0, 1) for state in states)
+        output = kernels.packed_attention(*by_token, layout, 0.3).unsqueeze(0)
     else:
         output = attention._attention_by_segment(*states, 0.0, 0.3, segments)
     found = [output, *torch.autograd.grad(output, states, upstream)]

@@ -355,9 +355,9 @@ def _differs(state: Any, other: Any) -> bool:
 # What packing relies on in transformers, torch and accelerate
 
 
-def attention_name(model: PreTrainedModel) -> str | None:
+def attention_name(model: PreTrainedModel) -> str:
     """The name of the model's attention in transformers' `AttentionInterface`; it is in a private attribute."""
-    return model.config._attn_implementation
+    return str(model.config._attn_implementation)
 
 
 def carries_state_along_rows(model: PreTrainedModel) -> bool:
@@ -382,6 +382,10 @@ def holds_parts_of_parameters(model: nn.Module) -> bool:
 # The kernels that `scaled_dot_product_attention` takes on CPUs; they return the log-sum-exp too, which it does not.
 flash_attention_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_attention_on_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# And those on GPUs, for sequences of any length one after the other.
+flash_attention = torch.ops.aten._flash_attention_forward
+flash_attention_backward = torch.ops.aten._flash_attention_backward
 
 
 # Forwards that are looked at from outside

@@ -17,7 +17,7 @@ from ..config import check_settings, extension_setting
 from ..mixin_order import OrderedMixin
 from ..ranks import is_so_anywhere
 from ..rollouts import RolloutBuffer
-from .attention import STOCK, Segments, attend_over_segments
+from .attention import Segments, attend_over_segments, why_not_wrapped
 from .layout import LayoutError, packed_layout
 from .prefill import shared_prefill
 from .probe import (
@@ -148,7 +148,8 @@ class SharedPrefixMixin(OrderedMixin):
             return "the MoE auxiliary loss counts each prompt once for each of its completions"
         if any(value is not None for value in inputs.values()):
             return "there are images"
-        return _other_attention(_language_model(self._unwrapped(model)))  # which can be set at any time
+        # which can be set at any time
+        return why_not_wrapped(compat.attention_name(_language_model(self._unwrapped(model))))
 
     def _packed_forward(
         self,
@@ -169,7 +170,7 @@ class SharedPrefixMixin(OrderedMixin):
         longest = max(layout.longest_sequence for _, layout in parts)
         if window is not None and longest > window:
             raise LayoutError(f"the sliding window of {window} tokens is shorter than the longest row, {longest}")
-        attend_over_segments()
+        attend_over_segments(compat.attention_name(language_model))
         logps, entropies = [], []
         for ids, layout in parts:
             self._count_tokens(model, ids, layout.num_tokens)
@@ -266,7 +267,7 @@ def _scored_places_only(backbone: nn.Module) -> Iterator[None]:
 
 
 def _keep_scored_places(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    output.last_hidden_state = output.last_hidden_state[:, kwargs["segments"].layout.scored]
+    output.last_hidden_state = kwargs["segments"].layout.scored(output.last_hidden_state)
     return output
 
 
@@ -284,7 +285,7 @@ def find_obstacle(model: Any) -> str | None:
     config = model.config
     if config.get_text_config() is not config:
         return f"{type(model).__name__} takes more than text"
-    if (obstacle := _other_attention(model)) is not None:
+    if (obstacle := why_not_wrapped(compat.attention_name(model))) is not None:
         return obstacle
     layer_types = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if layer_types or compat.carries_state_along_rows(model):
@@ -298,11 +299,6 @@ def find_obstacle(model: Any) -> str | None:
     if kinds & {"dynamic", "longrope"}:
         return "the scaling of positions depends on the length of the row"
     return None
-
-
-def _other_attention(model: PreTrainedModel) -> str | None:
-    name = compat.attention_name(model)
-    return None if name == STOCK else f"attn_implementation is {name!r}, and only {STOCK!r} can be packed"
 
 
 def _shortest_sliding_window(config: Any) -> int | None:

@@ -1,0 +1,518 @@
+"""Attention over a packed row in two calls of a kernel that takes sequences of any length, put together.
+
+The first call computes every prefix and every segment by itself, causally; the second, the segments of each group over
+their prefix. A query's output is the mean of what the two have found, weighed by their log-sum-exps: that is how
+FlashAttention (https://huggingface.co/papers/2205.14135) puts its blocks together, and the decomposition of Hydragen
+(https://huggingface.co/papers/2402.05099), here with its gradient. A kernel's backward takes the output and the
+log-sum-exp of a query over *all* that it saw: from these it computes the weights again, and so gives the gradient of
+each part of what the query saw.
+
+Devices differ by the [`Kernel`] alone. To autograd and to `torch.compile` all of it is one operator,
+`trl_grpo_ext::packed_attention`, so that neither the number of sequences nor their lengths are in a graph.
+"""
+
+import functools
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from accelerate.logging import get_logger
+
+from .. import compat
+from .layout import PackedLayout, Row, lay_out, on_device
+
+
+logger = get_logger(__name__)
+
+
+class Spans(NamedTuple):
+    """Sequences one after the other: the first queries see the first keys, and so on.
+
+    Args:
+        queries (`torch.Tensor`), keys (`torch.Tensor`):
+            Cumulative lengths from 0, int32, of the same length.
+        longest_queries (`int`), longest_keys (`int`):
+            The longest, in tokens.
+        is_causal (`bool`):
+            Whether a query sees no key behind its own place; sequences then have as many keys as queries.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    longest_queries: int
+    longest_keys: int
+    is_causal: bool
+
+    def each(self) -> Iterator[tuple[slice, slice]]:
+        """Queries and keys of each sequence; on a GPU this waits for the lengths."""
+        ends = zip(self.queries.tolist(), self.keys.tolist(), strict=True)
+        for (query, key), (query_end, key_end) in pairwise(ends):
+            yield slice(query, query_end), slice(key, key_end)
+
+
+class Kernel(Protocol):
+    """Attention of many sequences in one call.
+
+    Queries are `(tokens, heads, size)`, keys and values `(tokens, key heads, size)`, of as many heads or a divisor of
+    it; outputs are as queries, log-sum-exps `(heads, tokens)` of at least fp32.
+    """
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp of each query over the keys of its sequence."""
+        ...
+
+    def backward(
+        self,
+        gradient: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        log_sum_exp: torch.Tensor,
+        spans: Spans,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of queries, keys and values, where output and log-sum-exp may be over other keys besides."""
+        ...
+
+
+class ReferenceKernel:
+    """Plain torch, in at least fp32: what other kernels are held against."""
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        output = torch.zeros_like(query)
+        log_sum_exp = query.new_full((query.size(1), query.size(0)), -torch.inf, dtype=wide)
+        for rows, seen in spans.each():
+            scores = self._scores(query[rows].to(wide), key[seen].to(wide), spans.is_causal, scale)
+            values = _for_each_head(value[seen].to(wide), query)
+            log_sum_exp[:, rows] = scores.logsumexp(-1)
+            output[rows] = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), values).to(query.dtype)
+        return output, log_sum_exp
+
+    def backward(
+        self,
+        gradient: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        log_sum_exp: torch.Tensor,
+        spans: Spans,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        gradient, wide_query, wide_key, wide_value, output = (
+            states.to(log_sum_exp.dtype) for states in (gradient, query, key, value, output)
+        )
+        of_query, of_key, of_value = (torch.zeros_like(states) for states in (query, key, value))
+        delta = (gradient * output).sum(-1).t()  # (heads, tokens)
+        for rows, seen in spans.each():
+            scores = self._scores(wide_query[rows], wide_key[seen], spans.is_causal, scale)
+            weights = (scores - log_sum_exp[:, rows].unsqueeze(-1)).exp()
+            values = _for_each_head(wide_value[seen], query)
+            of_weights = torch.einsum("nhd,mhd->hnm", gradient[rows], values)
+            of_scores = weights * (of_weights - delta[:, rows].unsqueeze(-1)) * scale
+            keys = _for_each_head(wide_key[seen], query)
+            of_query[rows] = torch.einsum("hnm,mhd->nhd", of_scores, keys).to(query.dtype)
+            of_key[seen] = _of_key_heads(torch.einsum("hnm,nhd->mhd", of_scores, wide_query[rows]), key)
+            of_value[seen] = _of_key_heads(torch.einsum("hnm,nhd->mhd", weights, gradient[rows]), value)
+        return of_query, of_key, of_value
+
+    @staticmethod
+    def _scores(query: torch.Tensor, key: torch.Tensor, is_causal: bool, scale: float) -> torch.Tensor:
+        scores = torch.einsum("nhd,mhd->hnm", query, _for_each_head(key, query)) * scale
+        if is_causal:
+            hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(hidden, -torch.inf)
+        return scores
+
+
+def _for_each_head(states: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    return states.repeat_interleave(query.size(1) // states.size(1), dim=1)
+
+
+def _of_key_heads(gradient: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """The gradient of `states`, whose heads several heads of a gradient share."""
+    return gradient.unflatten(1, (states.size(1), -1)).sum(2).to(states.dtype)
+
+
+class CpuKernel:
+    """torch's flash attention for CPUs, a call for each sequence: states are views, and nothing masked is computed."""
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        output = torch.empty_like(query)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        log_sum_exp = query.new_empty(query.size(1), query.size(0), dtype=wide)
+        for rows, seen in spans.each():
+            part, part_log_sum_exp = compat.flash_attention_on_cpu(
+                *self._by_head(query, key, value, rows, seen), 0.0, spans.is_causal, scale=scale
+            )
+            output[rows] = part.flatten(0, 1).transpose(0, 1)
+            log_sum_exp[:, rows] = part_log_sum_exp.flatten(0, 1)
+        return output, log_sum_exp
+
+    def backward(
+        self,
+        gradient: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        log_sum_exp: torch.Tensor,
+        spans: Spans,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        of_query, of_key, of_value = (torch.empty_like(states) for states in (query, key, value))
+        heads = (key.size(1), -1)
+        for rows, seen in spans.each():
+            of_output, of_output_as_found = (
+                states[rows].transpose(0, 1).unflatten(0, heads) for states in (gradient, output)
+            )
+            parts = compat.flash_attention_on_cpu_backward(
+                of_output,
+                *self._by_head(query, key, value, rows, seen),
+                of_output_as_found,
+                log_sum_exp[:, rows].unflatten(0, heads),
+                0.0,
+                spans.is_causal,
+                scale=scale,
+            )
+            of_query[rows] = parts[0].flatten(0, 1).transpose(0, 1)
+            of_key[seen], of_value[seen] = (part.sum(1).transpose(0, 1) for part in parts[1:])
+        return of_query, of_key, of_value
+
+    @staticmethod
+    def _by_head(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: slice, seen: slice
+    ) -> tuple[torch.Tensor, ...]:
+        """As the kernel takes them, `(key heads, heads / key heads, tokens, size)`: keys are not copied for heads."""
+        queries = query[rows].transpose(0, 1).unflatten(0, (key.size(1), -1))
+        keys = (states[seen].transpose(0, 1).unsqueeze(1) for states in (key, value))
+        return queries, *(states.expand(-1, queries.size(1), -1, -1) for states in keys)
+
+
+class FlashKernel:
+    """torch's own FlashAttention on GPUs: all sequences in one launch, and grouped queries as they are.
+
+    `torch.nn.attention.activate_flash_attention_impl("FA3")` makes it FlashAttention 3.
+    """
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        output, log_sum_exp, *_ = compat.flash_attention(
+            query,
+            key,
+            value,
+            spans.queries,
+            spans.keys,
+            spans.longest_queries,
+            spans.longest_keys,
+            0.0,
+            spans.is_causal,
+            False,
+            scale=scale,
+        )
+        return output, log_sum_exp
+
+    def backward(
+        self,
+        gradient: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        log_sum_exp: torch.Tensor,
+        spans: Spans,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        of_dropout = torch.empty(2, dtype=torch.uint64, device=query.device), query.new_empty(0)  # there is none
+        of_query, of_key, of_value = compat.flash_attention_backward(
+            gradient.contiguous(),
+            query,
+            key,
+            value,
+            output,
+            # The kernel reads it by a pointer and the number of tokens, and does not look at strides.
+            log_sum_exp.contiguous(),
+            spans.queries,
+            spans.keys,
+            spans.longest_queries,
+            spans.longest_keys,
+            0.0,
+            spans.is_causal,
+            *of_dropout,
+            scale=scale,
+        )
+        return of_query, of_key, of_value
+
+
+KERNELS: dict[str, Kernel] = {"cpu": CpuKernel(), "cuda": FlashKernel()}
+
+
+def merged_forward(
+    kernel: Kernel,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pieces: Spans,
+    over_prefix: Spans,
+    first: int,
+    end: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output, `(N, heads, size)`, and log-sum-exp, `(heads, N)`, of each query of a packed row over all that it sees.
+
+    Args:
+        kernel ([`Kernel`]):
+            What computes.
+        query (`torch.Tensor`), key (`torch.Tensor`), value (`torch.Tensor`):
+            States of the row, `(N, heads, size)` and `(N, key heads, size)`.
+        pieces ([`Spans`]):
+            Prefixes and segments, each by itself.
+        over_prefix ([`Spans`]):
+            The segments of each group, the queries `first` to `end`, over their prefix, the keys up to `first`.
+        first (`int`), end (`int`):
+            Where prefixes end and segments begin, and where the segments end that have a prefix.
+        scale (`float`):
+            Factor of the scores.
+    """
+    output, log_sum_exp = kernel.forward(query, key, value, pieces, scale)
+    if end > first:
+        part, part_log_sum_exp = kernel.forward(query[first:end], key[:first], value[:first], over_prefix, scale)
+        own, own_log_sum_exp = output[first:end], log_sum_exp[:, first:end]
+        # In fp32: a weight of half precision would double the output's error.
+        weight = torch.sigmoid(part_log_sum_exp - own_log_sum_exp).t().unsqueeze(-1)
+        output[first:end] = torch.lerp(own.to(weight.dtype), part.to(weight.dtype), weight).to(output.dtype)
+        log_sum_exp[:, first:end] = torch.logaddexp(own_log_sum_exp, part_log_sum_exp)
+    return output, log_sum_exp
+
+
+def merged_backward(
+    kernel: Kernel,
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    pieces: Spans,
+    over_prefix: Spans,
+    first: int,
+    end: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of queries, keys and values from that of [`merged_forward`]'s output; arguments are the same."""
+    of_query, of_key, of_value = kernel.backward(gradient, query, key, value, output, log_sum_exp, pieces, scale)
+    if end > first:
+        rows, prefixes = slice(first, end), slice(0, first)
+        parts = kernel.backward(
+            gradient[rows],
+            query[rows],
+            key[prefixes],
+            value[prefixes],
+            output[rows],
+            log_sum_exp[:, rows],
+            over_prefix,
+            scale,
+        )
+        for states, places, part in zip((of_query, of_key, of_value), (rows, prefixes, prefixes), parts, strict=True):
+            states[places] += part
+    return of_query, of_key, of_value
+
+
+@torch.library.custom_op("trl_grpo_ext::packed_attention", mutates_args=())
+def _packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pieces: torch.Tensor,
+    prefix_queries: torch.Tensor,
+    prefix_keys: torch.Tensor,
+    longest_piece: int,
+    longest_prefix_queries: int,
+    longest_prefix_keys: int,
+    first: int,
+    end: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    spans = (
+        Spans(pieces, pieces, longest_piece, longest_piece, True),
+        Spans(prefix_queries, prefix_keys, longest_prefix_queries, longest_prefix_keys, False),
+    )
+    return merged_forward(KERNELS[query.device.type], query, key, value, *spans, first, end, scale)
+
+
+@_packed_attention.register_fake
+def _(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return torch.empty_like(query), query.new_empty((query.size(1), query.size(0)), dtype=wide)
+
+
+@torch.library.custom_op("trl_grpo_ext::packed_attention_backward", mutates_args=())
+def _packed_attention_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    pieces: torch.Tensor,
+    prefix_queries: torch.Tensor,
+    prefix_keys: torch.Tensor,
+    longest_piece: int,
+    longest_prefix_queries: int,
+    longest_prefix_keys: int,
+    first: int,
+    end: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    spans = (
+        Spans(pieces, pieces, longest_piece, longest_piece, True),
+        Spans(prefix_queries, prefix_keys, longest_prefix_queries, longest_prefix_keys, False),
+    )
+    states = query, key, value, output, log_sum_exp
+    return merged_backward(KERNELS[query.device.type], gradient, *states, *spans, first, end, scale)
+
+
+@_packed_attention_backward.register_fake
+def _(gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any) -> Any:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    query, key, value, pieces, prefix_queries, prefix_keys, *ctx.numbers = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, *output, pieces, prefix_queries, prefix_keys)
+
+
+def _backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    gradients = _packed_attention_backward(gradient, *ctx.saved_tensors, *ctx.numbers)
+    return (*gradients, *(None,) * (len(ctx.needs_input_grad) - 3))
+
+
+_packed_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def packed_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, scale: float | None = None
+) -> torch.Tensor:
+    """Attention over a packed row, with its gradient, by the kernel of the device.
+
+    Args:
+        query (`torch.Tensor`):
+            `(N, heads, size)`.
+        key (`torch.Tensor`), value (`torch.Tensor`):
+            `(N, key heads, size)`; as many heads as the queries have, or a divisor of it.
+        layout ([`PackedLayout`]):
+            The packed row.
+        scale (`float`, *optional*):
+            Factor of the scores; by default `1 / sqrt(size)`.
+
+    Returns:
+        `torch.Tensor`:
+            `(N, heads, size)`.
+    """
+    output, _ = _packed_attention(
+        query,
+        key,
+        value,
+        layout.pieces,
+        layout.prefix_queries,
+        layout.prefix_keys,
+        layout.longest_piece,
+        layout.longest_prefix_queries,
+        layout.longest_prefix_keys,
+        layout.prefix_end,
+        layout.shared_end,
+        query.size(-1) ** -0.5 if scale is None else scale,
+    )
+    return output
+
+
+# Which states a kernel takes
+
+
+def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether [`packed_attention`] can be had for such states; asked for the first time on a GPU, it waits for it."""
+    if value.size(-1) != query.size(-1) or query.device.type not in KERNELS:
+        return False
+    return why_not(query.device, query.dtype, query.size(-1), query.size(-2) // key.size(-2)) is None
+
+
+# The largest relative error of a kernel's output and gradients in a trial; in half precision the states' own rounding.
+_TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def why_not(device: torch.device, dtype: torch.dtype, head_size: int, heads_per_key_head: int) -> str | None:
+    """Why attention over a packed row is computed segment by segment; `None` if by a [`Kernel`].
+
+    What torch's flash attention takes depends on the card, the build and the release, and it does not say where its
+    log-sum-exps have another form (ROCm's have). So a few tiny rows are computed once, and held against plain torch.
+    """
+    if device.type == "cpu":
+        return None
+    name = f"{dtype} with heads of {head_size}"
+    if dtype not in _TOLERANCES:
+        obstacle: str | None = f"torch's flash attention is for half precision, and this is {dtype}"
+    elif head_size % 8 or head_size > 256:
+        obstacle = f"torch's flash attention takes heads of up to 256, in steps of 8, and these are of {head_size}"
+    else:
+        obstacle = _trial(KERNELS[device.type], device, dtype, head_size, heads_per_key_head)
+    if obstacle is None:
+        logger.info(f"Packed attention for {name} on {device}: two calls a layer of torch's flash attention.")
+    else:
+        logger.info(f"Packed attention for {name} on {device}: a call for each completion, because {obstacle}.")
+    return obstacle
+
+
+@torch.no_grad()
+def _trial(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, head_size: int, heads_per_key_head: int
+) -> str | None:
+    """What is wrong with a kernel on a device, by a row of two prompts; `None` if nothing."""
+    layout = lay_out([Row(0, 5, 3), Row(0, 5, 1), Row(1, 1, 4), Row(2, 9, 1)], 9, 4)
+    (layout,) = on_device([layout], device)
+    numbers = torch.Generator().manual_seed(0)
+    shapes = [
+        (layout.num_tokens, heads, head_size) for heads in (2 * heads_per_key_head, 2, 2, 2 * heads_per_key_head)
+    ]
+    query, key, value, gradient = (torch.randn(shape, generator=numbers).to(device, dtype) for shape in shapes)
+    spans = (
+        Spans(layout.pieces, layout.pieces, layout.longest_piece, layout.longest_piece, True),
+        Spans(
+            layout.prefix_queries,
+            layout.prefix_keys,
+            layout.longest_prefix_queries,
+            layout.longest_prefix_keys,
+            False,
+        ),
+    )
+    where = layout.prefix_end, layout.shared_end, head_size**-0.5
+    found: list[torch.Tensor] = []
+    expected: list[torch.Tensor] = []
+    try:
+        for each, results in ((kernel, found), (ReferenceKernel(), expected)):
+            output, log_sum_exp = merged_forward(each, query, key, value, *spans, *where)
+            if log_sum_exp.shape != (query.size(1), query.size(0)):
+                return f"its log-sum-exps are of shape {tuple(log_sum_exp.shape)}, not (heads, tokens)"
+            results += [
+                output,
+                *merged_backward(each, gradient, query, key, value, output, log_sum_exp, *spans, *where),
+            ]
+    except Exception as error:  # whatever a build or a card lacks
+        return f"it fails ({type(error).__name__}: {str(error).splitlines()[0]:.120})"
+    for result, reference in zip(found, expected, strict=True):
+        difference = torch.linalg.vector_norm(result.float() - reference.float())
+        if not difference <= _TOLERANCES[dtype] * torch.linalg.vector_norm(reference.float()):
+            return "its results are not those of plain torch"
+    return None
