@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -294,9 +295,91 @@ def test_bench_update(bench, tmp_path, capsys):
     assert "gsm8k" in capsys.readouterr().out
 
 
+def test_bench_update_in_bfloat16(bench, tmp_path):
+    """The gradient is held against TRL's in float32, within twice TRL's own error."""
+    file = tmp_path / "bench.json"
+    arguments = ["--workloads", "gsm8k", "--repeats", "1", "--dtype", "bfloat16", "--output_file", str(file)]
+    assert bench.main(arguments) == 0
+    trainers = json.loads(file.read_text())["workloads"]["gsm8k"]["trainers"]
+    errors = {side: figures["gradient_error"] for side, figures in trainers.items()}
+    assert 1e-3 < errors["trl"] < 0.1
+    assert 0 < errors["ours"] <= 2 * errors["trl"]
+    args = bench.BenchArguments(dtype="bfloat16")
+    assert bench.agrees(args, {"gradient_error": 0.02}, {"gradient_error": 0.01})
+    assert not bench.agrees(args, {"gradient_error": 0.021}, {"gradient_error": 0.01})
+
+
+@pytest.fixture
+def pretended_gpu(bench, monkeypatch):
+    """The benchmark takes the CPU for a GPU with FlashAttention 2."""
+    monkeypatch.setattr(bench.BenchArguments, "on_gpu", property(lambda self: True))
+    monkeypatch.setattr(bench, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(bench, "is_flash_attn_3_available", lambda: False)
+    for name, value in {"get_device_capability": (9, 0), "get_device_name": "a GPU", "synchronize": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    return bench
+
+
+def test_bench_update_on_a_gpu(pretended_gpu, monkeypatch, tmp_path, capsys):
+    """TRL with each of its attentions, ratios to each, and the one to its faster attention apart."""
+    bench, file = pretended_gpu, tmp_path / "bench.json"
+    monkeypatch.setattr(
+        bench,
+        "TRL_ON_GPUS",
+        {name: replace(side, attn_implementation="sdpa") for name, side in bench.TRL_ON_GPUS.items()},
+    )
+    monkeypatch.setattr(bench, "AttentionShare", lambda: bench.TrainerCallback())
+    monkeypatch.setattr(bench.TrainerCallback, "value", 0.25, raising=False)
+    assert bench.main(["--workloads", "gsm8k", "--repeats", "1", "--output_file", str(file)]) == 0
+    content = json.loads(file.read_text())
+    (workload,) = content["workloads"].values()
+    assert content["device"] == "a GPU"
+    theirs = ["trl, sdpa", "trl, flash_attention_2", "trl, flash_attention_3"]
+    assert list(workload["trainers"])[:5] == [*theirs, "ours", "ours, no checkpointing"]
+    seconds = {side: figures["seconds"][0] for side, figures in workload["trainers"].items()}
+    against = workload["headline"]["against"]
+    assert seconds[against] == min(map(seconds.get, theirs))
+    assert workload["headline"]["ratio"] == seconds[against] / seconds["ours"]
+    assert workload["headline"]["over_the_limit"] == seconds["ours"] / workload["limit_seconds"]["limit"][0]
+    assert workload["attention_share"] == 0.25
+    assert f"against {against}" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "attentions"),
+    [
+        ("bfloat16", (9, 0), ["sdpa", "flash_attention_2", "flash_attention_3"]),
+        ("bfloat16", (8, 6), ["sdpa", "flash_attention_2"]),
+        ("bfloat16", (7, 5), ["sdpa"]),
+        ("float32", (9, 0), ["sdpa"]),
+    ],
+)
+def test_bench_update_takes_the_attentions_that_a_gpu_has(pretended_gpu, monkeypatch, dtype, capability, attentions):
+    monkeypatch.setattr(pretended_gpu, "is_flash_attn_3_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    sides = pretended_gpu.sides_of(pretended_gpu.BenchArguments(dtype=dtype))
+    assert [side.attn_implementation for name, side in sides.items() if name.startswith("trl")] == attentions
+    assert "trl" not in sides
+    assert "ours" in sides
+
+
+def test_bench_update_knows_kernels_of_attention():
+    kernels = [
+        ("void pytorch_flash::flash_fwd_kernel<...>", 10.0),
+        ("void cutlass::device_kernel<flash::FlashAttnBwdSm90<...>>", 5.0),
+        ("fmha_cutlassB_bf16_aligned_64x64_k64_sm80", 5.0),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", 10.0),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", 65.0),
+        ("void at::native::vectorized_elementwise_kernel<...>", 5.0),
+    ]
+    bench = load("bench_update.py")
+    assert bench.share_of_attention(kernels) == pytest.approx(0.3)
+    assert bench.share_of_attention([]) == 0
+
+
 def test_bench_update_compares_nothing_where_gradients_differ(bench, monkeypatch, capsys):
-    trainer_class, options = bench.SIDES["ours"]
-    monkeypatch.setitem(bench.SIDES, "ours", (trainer_class, {**options, "loss_type": "grpo"}))
+    ours = bench.SIDES["ours"]
+    monkeypatch.setitem(bench.SIDES, "ours", replace(ours, options={**ours.options, "loss_type": "grpo"}))
     assert bench.main(["--workloads", "gsm8k", "--repeats", "1"]) == 1
     shown = capsys.readouterr()
     assert "gradients" in shown.out
