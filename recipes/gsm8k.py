@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
 
     # Training; before it, after it and at each of its evaluations the policy answers the held-out problems
     evaluation = script.add_evaluation(trainer, heldout, args)
-    script.train(trainer, start)
+    script.train(trainer, start, args.max_minutes)
 
     # Results
     script.save(trainer)

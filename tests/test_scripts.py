@@ -1,3 +1,4 @@
+import csv
 import importlib.metadata
 import json
 import os
@@ -443,3 +444,231 @@ def test_learning_curve(tmp_path):
     refused = run("learning_curve.py", "--variants", "mu3")
     assert refused.returncode != 0
     assert "--variants: ['mu3'] are unknown" in refused.stderr
+
+
+@pytest.fixture
+def check_gpu():
+    return load("check_gpu.py")
+
+
+def test_check_gpu_without_a_gpu(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    result = run_to_the_end(["bash", str(SCRIPTS / "check_gpu.sh")], 120, tmp_path, environment)
+    assert result.returncode == 2
+    assert len((result.stdout + result.stderr).splitlines()) == 1
+    assert "no NVIDIA GPU" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_gpu_without_torch(tmp_path):
+    """It need not be installed for a line that says what is missing."""
+    environment = {**os.environ, "PYTHON": f"{tmp_path}/python", "CUDA_VISIBLE_DEVICES": ""}
+    write_programs(tmp_path, {"python": f'exec {sys.executable} -S "$@"'})  # without packages
+    result = run_to_the_end(["bash", str(SCRIPTS / "check_gpu.sh")], 120, tmp_path, environment)
+    assert result.returncode == 2
+    assert len((result.stdout + result.stderr).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "5"], "--minutes is for --train"),
+        (["--", "--beta", "0.1"], "-- is for --train"),
+        (["--train", "model", "data", "--minutes", "-1"], "--minutes must be above 0, got -1.0"),
+        (["--train", "model"], "--train: expected 2 arguments"),
+    ],
+)
+def test_check_gpu_refuses(check_gpu, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        check_gpu.parse_arguments(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+MACHINE = {"gpu": "a card", "driver": "1.2", "versions": {"torch": "9.9"}}
+
+
+@pytest.mark.parametrize("has_rich", [True, False])
+def test_check_gpu_runs_all_parts(check_gpu, monkeypatch, tmp_path, capsys, has_rich):
+    """What fails, ends too late or leaves nothing behind does not keep the others from running."""
+    if not has_rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    started = tmp_path / "started"
+
+    def part(name, code, limit_s=60, figures=None):
+        file = tmp_path / f"{name}.json"
+        if figures is not None:
+            code = f"open({str(file)!r}, 'w').write({json.dumps(figures)!r}); {code}"
+
+        def read():
+            return check_gpu.Outcome(lines=["a figure"], figures=json.loads(file.read_text()))
+
+        return check_gpu.Part(name, [sys.executable, "-c", code], limit_s, read)
+
+    # one that starts another process, which keeps the output open
+    late = (
+        "import subprocess, sys, signal; "
+        f"p = subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()']); "
+        f"open({str(started)!r}, 'w').write(str(p.pid)); signal.pause()"
+    )
+    parts = [
+        part("fails", "import sys; print('some'); sys.exit('what is wrong')", figures={"of": "what there is"}),
+        part("late", late, limit_s=3),
+        part("silent", "pass"),
+        part("passes", "print('as it should be')", figures={"accuracy": 0.5}),
+    ]
+    file = tmp_path / "folder" / "check.json"
+    assert not check_gpu.check(parts, MACHINE, file)
+    report = json.loads(file.read_text())
+    assert report["gpu"] == "a card"
+    assert not report["passed"]
+    assert {name: part["passed"] for name, part in report["parts"].items()} == {
+        "fails": False,
+        "late": False,
+        "silent": False,
+        "passes": True,
+    }
+    assert report["parts"]["fails"]["problem"] == "exit status 1: what is wrong"
+    assert report["parts"]["fails"]["of"] == "what there is"
+    assert report["parts"]["late"]["problem"] == "not done in 3 s"
+    assert report["parts"]["silent"]["problem"].startswith("no figures")
+    assert report["parts"]["passes"]["accuracy"] == 0.5
+    assert 3 <= report["parts"]["late"]["seconds"] <= report["seconds"]
+    assert not Path(f"/proc/{started.read_text()}").exists() or is_zombie(started.read_text())
+    shown = capsys.readouterr().out
+    assert shown.count("FAILED") == 3
+    assert "what is wrong" in shown
+    assert check_gpu.check(parts[3:], MACHINE, file)
+
+
+def is_zombie(pid) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_check_gpu_reads_what_pytest_leaves(check_gpu, tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_passes(): pass\n"
+        "def test_fails(): assert False\n"
+        "@pytest.mark.skipif(True, reason='nothing to look at')\n"
+        "def test_is_skipped(): pass\n"
+    )
+    report = tmp_path / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", "test_some.py"]
+    run_to_the_end(command, folder=tmp_path)
+    outcome = check_gpu.read_tests(report)
+    assert outcome.figures == {
+        "passed": 1,
+        "failures": 1,
+        "errors": 0,
+        "skipped": 1,
+        "failed_tests": ["test_fails"],
+        "reasons_of_skips": {"nothing to look at": 1},
+    }
+    assert outcome.problem is None  # the exit status says it
+    run_to_the_end([*command, "-k", "skipped"], folder=tmp_path)
+    assert check_gpu.read_tests(report).problem is not None  # where all are skipped nothing is shown
+
+
+def test_check_gpu_reads_what_the_benchmark_leaves(check_gpu, tmp_path):
+    file = tmp_path / "bench.json"
+    trainers = {"trl, sdpa": {"peak_memory_gb": 8.0}, "ours": {"peak_memory_gb": 2.0}}
+    first = {"against": "trl, sdpa", "ratio": 2.5, "over_the_limit": 1.1}
+    workload = {"headline": first, "attention_share": 0.09, "trainers": trainers}
+    wrong = {**workload, "headline": {**first, "ratio": None}}
+    file.write_text(json.dumps({"workloads": {"gsm8k": workload, "ragged": wrong}}))
+    outcome = check_gpu.read_bench(file)
+    assert "2.50 times" in outcome.lines[0]
+    assert "attention 9%" in outcome.lines[0]
+    assert "gradients differ" in outcome.lines[1]
+    assert outcome.figures["gsm8k"]["memory"] == 0.25
+    assert outcome.figures["gsm8k"]["over_the_limit"] == 1.1
+
+
+def test_check_gpu_wants_a_demo_that_learns(check_gpu, tmp_path):
+    def figures(mean):
+        return {name: {"mean": mean, "low": mean - 0.05, "high": mean + 0.05} for name in ("strict", "answer")}
+
+    file = tmp_path / "summary.json"
+    summary = {"accuracy": {"before": figures(0.3), "after": figures(0.9)}, "optimizer_steps": 120, "seconds": 60.0}
+    file.write_text(json.dumps(summary))
+    outcome = check_gpu.read_summary(file, check_gpu.DEMO_GAIN)
+    assert outcome.problem is None
+    assert "30.0 (25.0 to 35.0) before, 90.0 (85.0 to 95.0) after" in outcome.lines[0]
+    file.write_text(json.dumps({**summary, "accuracy": {"before": figures(0.3), "after": figures(0.4)}}))
+    assert check_gpu.read_summary(file, check_gpu.DEMO_GAIN).problem is not None
+    assert check_gpu.read_summary(file).problem is None
+
+
+def test_check_gpu_has_twenty_minutes(check_gpu, tmp_path):
+    parts = check_gpu.parts_of_check("python", tmp_path)
+    assert [part.name for part in parts] == list(check_gpu.LIMITS_S)
+    assert sum(part.limit_s for part in parts) < 20 * 60
+
+
+@pytest.fixture
+def word_problems(tmp_path):
+    """Arithmetic in GSM8K's format."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, number in (("train", 32), ("test_some", 8)):
+        lines = [
+            json.dumps({"question": f"What is {n} + {n + 1}?", "answer": f"It is.\n#### {2 * n + 1}"})
+            for n in range(number)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "spoil", "message"),
+    [
+        ("nothing", lambda data: None, "is no model"),
+        ("policy", lambda data: (data / "train.jsonl").unlink(), "there is no train.jsonl"),
+        ("policy", lambda data: (data / "test_some.jsonl").unlink(), "found none"),
+        ("policy", lambda data: (data / "test.jsonl").write_text(""), "found test.jsonl, test_some.jsonl"),
+    ],
+)
+def test_check_gpu_trains_on_what_is_there(check_gpu, word_problems, policy, tmp_path, model, spoil, message):
+    spoil(word_problems)
+    folder = Path(policy) if model == "policy" else tmp_path
+    with pytest.raises(ValueError, match=message):
+        check_gpu.parts_of_training("python", folder, word_problems, 1.0, tmp_path / "out")
+
+
+def test_check_gpu_makes_a_folder_of_a_gguf_file(check_gpu, word_problems, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.touch()
+    export, training = check_gpu.parts_of_training("python", file, word_problems, 1.0, tmp_path / "out")
+    exported = export.command[export.command.index("--output_dir") + 1]
+    assert export.command[export.command.index("--gguf_file") + 1] == str(file)
+    assert training.command[training.command.index("--model_name_or_path") + 1] == exported
+
+
+@pytest.mark.slow
+def test_check_gpu_trains(check_gpu, word_problems, tmp_path):
+    """On a CPU, as no option of the script has it: for a few seconds, and then all of the test file is answered."""
+    output_dir = tmp_path / "out"
+    options = ["--use_cpu", "true", "--bf16", "false", "--per_device_train_batch_size", "8", "--warmup_steps", "0"]
+    options += ["--max_completion_length", "16", "--eval_batch_size", "8", "--cpu_threads", "1"]
+    (part,) = check_gpu.parts_of_training(
+        sys.executable, Path(embedded_policy_path()), word_problems, 0.1, output_dir, options
+    )
+    file = tmp_path / "check.json"
+    assert check_gpu.check([part], MACHINE, file), file.read_text()
+    summary = json.loads((output_dir / "summary.json").read_text())
+    assert summary["accuracy"]["before"]["items"] == summary["accuracy"]["after"]["items"] == 8
+    assert 1 <= summary["optimizer_steps"] < 1000
+    assert (output_dir / "curve.png").stat().st_size > 10_000
+    assert json.loads(file.read_text())["parts"]["training"]["optimizer_steps"] == summary["optimizer_steps"]
+
+
+def test_check_gpu_writes_the_curve_without_matplotlib(check_gpu, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    log = [{"eval_strict": 0.1, "step": 0}, {"reward": 0.5, "step": 1}, {"reward": 0.75, "step": 5}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    file = check_gpu.write_curve(tmp_path)
+    with file.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert file.name == "curve.csv"
+    assert [(row["step"], row["reward"]) for row in rows] == [("1", "0.5"), ("5", "0.75")]

@@ -164,7 +164,7 @@ def main(argv: list[str]) -> None:
     # Training
     heldout = find_heldout(eval_dataset, args.eval_items)
     evaluation = None if heldout is None else script.add_evaluation(trainer, heldout, args)
-    script.train(trainer, start)
+    script.train(trainer, start, args.max_minutes)
 
     # Results
     script.save(trainer)

@@ -53,7 +53,7 @@ _REPORTS = (
     "check_references",
 )
 # How long it goes on (a rate that falls to 0 at the end of a run then falls otherwise):
-_LENGTH = ("max_steps", "num_train_epochs")
+_LENGTH = ("max_steps", "num_train_epochs", "max_minutes")
 # Where the same numbers are computed, and with how much memory and time:
 _MACHINE = (
     *("cpu_threads", "local_rank", "ddp_", "dataloader_num_workers", "dataloader_pin_memory"),

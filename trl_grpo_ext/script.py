@@ -15,21 +15,23 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import GRPOTrainer, ModelConfig
 
+from . import __version__
 from .arguments import suggestion
 from .checkpoints import CheckpointError
 from .config import GRPOExtConfig
 from .embedded_policy import EMBEDDED_POLICY, embedded_policy_path
 from .evaluation import EvaluationCallback, Figures, table_of
 from .exits import stop
-from .ranks import BoundCollectiveCalls
+from .ranks import BoundCollectiveCalls, is_so_anywhere
 from .rewards.bundle import RewardBundle
 from .rewards.names import find_rewards
 from .runs import BeginRun, RunError, Start, choose_start
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SUMMARY_FILE = "summary.json"
-PACKAGES = ("trl_grpo_ext", "torch", "trl", "transformers", "accelerate", "datasets", "peft")
+PACKAGES = ("torch", "trl", "transformers", "accelerate", "datasets", "peft")
 
 # TRL and transformers still use the old name between themselves; there is nothing that a user could change.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
@@ -54,6 +56,40 @@ class CompactProgress(ProgressCallback):
         if self.training_bar is not None and logs and "reward" in logs:
             shown = {"reward": logs["reward"], "accuracy": logs.get("accuracy")}
             self.training_bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items() if value is not None})
+
+
+class TimeBudget(TrainerCallback):
+    """Stops training in time: before a step that, if it takes as long as the longest so far, would end too late.
+
+    What comes before the first step and behind the last one, evaluations among it, is not counted. The last step is
+    saved where checkpoints are, so that the run can be gone on with.
+
+    Args:
+        trainer (`Trainer`):
+            The trainer, whose processes stop together.
+        minutes (`float`):
+            From the beginning of the first step.
+    """
+
+    def __init__(self, trainer: Any, minutes: float) -> None:
+        self.trainer, self.seconds = trainer, 60 * minutes
+        self._has_begun = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._has_begun = False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if not self._has_begun:
+            self._has_begun = True
+            self._began = self._latest = monotonic()
+            self._longest = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = monotonic()
+        self._longest, self._latest = max(self._longest, now - self._latest), now
+        if is_so_anywhere(self.trainer.accelerator, now + self._longest - self._began > self.seconds):
+            control.should_training_stop = True
+            control.should_save = control.should_save or args.save_strategy != "no"
 
 
 def check_settings(training_args: GRPOExtConfig, model_args: ModelConfig) -> None:
@@ -209,8 +245,19 @@ def add_evaluation(
     return evaluation
 
 
-def train(trainer: Any, start: Start) -> None:
-    """Train, from the beginning or the checkpoint; ends if the run, a checkpoint or a setting is not as it must be."""
+def train(trainer: Any, start: Start, max_minutes: float | None = None) -> None:
+    """Train, from the beginning or the checkpoint; ends if the run, a checkpoint or a setting is not as it must be.
+
+    Args:
+        trainer (`GRPOTrainer`):
+            From [`make_trainer`].
+        start ([`~trl_grpo_ext.runs.Start`]):
+            From [`find_start`].
+        max_minutes (`float`, *optional*):
+            Stop after so long, see [`TimeBudget`].
+    """
+    if max_minutes is not None:
+        trainer.add_callback(TimeBudget(trainer, max_minutes))
     if start.checkpoint is None and trainer.accelerator.is_main_process:
         Path(trainer.args.output_dir, SUMMARY_FILE).unlink(missing_ok=True)  # an earlier attempt's
     try:
@@ -256,7 +303,11 @@ def write_summary(
         "output_dir": trainer.args.output_dir,
         "seed": trainer.args.seed,
         "processes": trainer.accelerator.num_processes,
-        "versions": {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}},
+        "versions": {
+            "python": sys.version.split()[0],
+            "trl_grpo_ext": __version__,  # there is no other record of it where a checkout is used as it is
+            **{package: version(package) for package in PACKAGES},
+        },
     }
     file = Path(trainer.args.output_dir, SUMMARY_FILE)
     file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

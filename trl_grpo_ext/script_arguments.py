@@ -18,6 +18,13 @@ class RunArguments:
     eval_batch_size: int = field(
         default=64, metadata={"help": "Completions an evaluation generates at once; vLLM sees to that itself."}
     )
+    max_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train for at most so many minutes; loading and the evaluations at both ends are not counted. "
+            "Default: no limit."
+        },
+    )
     cpu_threads: int | None = field(
         default=None, metadata={"help": "Threads of each process on a CPU. Default: the cores, shared out."}
     )
@@ -34,6 +41,8 @@ class RunArguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"--max_minutes must be above 0, got {self.max_minutes}")
 
 
 @dataclass
