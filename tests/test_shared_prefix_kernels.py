@@ -227,7 +227,7 @@ def fail(*results):
     [
         (kernels.CpuKernel(), None),
         (Spoilt(fail), "it fails (RuntimeError: FlashAttention only supports Ampere GPUs or newer. second line)"),
-        (Spoilt(lambda output, lse: (output, lse.unsqueeze(0))), "log-sum-exps are of shape (1, 6, 20)"),
+        (Spoilt(lambda output, lse: (output, lse.unsqueeze(0))), "log-sum-exps are of shape (1, 6, 21)"),
         (Spoilt(lambda output, lse: (output, lse + 0.3)), "not those of plain torch"),
         (Spoilt(lambda output, lse: (output.roll(1, dims=1), lse)), "not those of plain torch"),
         (Spoilt(lambda output, lse: (output * torch.nan, lse)), "not those of plain torch"),
