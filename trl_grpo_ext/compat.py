@@ -30,6 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import utils as trl_utils
 
 from .objective import LOSS_TYPES
 from .ranks import is_so_anywhere
@@ -377,6 +378,27 @@ def holds_parts_of_parameters(model: nn.Module) -> bool:
     return any(
         hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in model.parameters()
     ) or any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+
+
+def _no_compaction(device: torch.device) -> bool:
+    return False
+
+
+@contextmanager
+def every_row_scored() -> Iterator[None]:
+    """Within it TRL's fused LM head scores all that it is given.
+
+    On a GPU it first takes out what has no label, and waits to learn how much that is. A packed row has a label
+    wherever the head is called.
+    """
+    if not hasattr(trl_utils, "_use_triton"):  # releases that do not ask
+        yield
+        return
+    stock, trl_utils._use_triton = trl_utils._use_triton, _no_compaction
+    try:
+        yield
+    finally:
+        trl_utils._use_triton = stock
 
 
 # The kernels that `scaled_dot_product_attention` takes on CPUs; they return the log-sum-exp too, which it does not.

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
-from transformers.integrations.flash_attention import get_target_dtype
+from transformers.integrations.flash_attention import flash_attention_forward, get_target_dtype
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import kernels
@@ -44,13 +44,9 @@ class Segments:
 def why_not_wrapped(name: str) -> str | None:
     """Why an attention implementation of transformers cannot be wrapped; `None` if it can.
 
-    Those that a user has registered may compute something else than attention as it is known here.
+    What users register under names of their own may compute something else than attention as it is known here.
     """
-    if (
-        name is not None
-        and name in ALL_ATTENTION_FUNCTIONS
-        and (_is_flash(name) or name in ("sdpa", "flex_attention"))
-    ):
+    if name in ("sdpa", "flex_attention") or (name in ALL_ATTENTION_FUNCTIONS and _is_flash(name)):
         return None
     return (
         f"attn_implementation is {name!r}; sdpa, flex_attention, flash attention and the hub's kernels can be packed"
@@ -58,8 +54,13 @@ def why_not_wrapped(name: str) -> str | None:
 
 
 def _is_flash(name: str) -> bool:
-    """Whether what is registered under a name is flash attention, or a kernel from the hub that stands in for it."""
-    return name.startswith("flash_attention_") or "/" in name
+    """Whether transformers calls flash attention under a name: a package's, or a kernel's of the hub."""
+    return name.startswith("flash_attention_") or _stock(name) is flash_attention_forward
+
+
+def _stock(name: str) -> Callable[..., Any]:
+    function = ALL_ATTENTION_FUNCTIONS[name]
+    return getattr(function, "without_segments", function)
 
 
 def attend_over_segments(name: str) -> None:
@@ -126,7 +127,8 @@ def shared_prefix_attention(
     Raises:
         ValueError: If the layer asks for something that attention over segments does not do.
     """
-    segments.num_uses += 1
+    if not torch.compiler.is_compiling():  # what is counted in a graph would break it
+        segments.num_uses += 1
     if attention_mask is not None and attention_mask.numel() != 1:
         raise ValueError("the attention layer makes a mask of its own, which attention over segments does not know")
     for name in ("softcap", "s_aux", "position_bias"):

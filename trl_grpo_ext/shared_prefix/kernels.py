@@ -11,19 +11,19 @@ Devices differ by the [`Kernel`] alone. To autograd and to `torch.compile` all o
 `trl_grpo_ext::packed_attention`, so that neither the number of sequences nor their lengths are in a graph.
 """
 
-import functools
+import logging
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from accelerate.logging import get_logger
 
 from .. import compat
+from ..exits import one_line
 from .layout import PackedLayout, Row, lay_out, on_device
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Spans(NamedTuple):
@@ -285,6 +285,10 @@ def merged_forward(
             Factor of the scores.
     """
     output, log_sum_exp = kernel.forward(query, key, value, pieces, scale)
+    if log_sum_exp.shape != (query.size(1), query.size(0)):  # some builds pad them
+        raise ValueError(f"log-sum-exps are of shape {tuple(log_sum_exp.shape)}, not (heads, tokens)")
+    if output.stride() != query.stride():  # which compilers have been promised
+        output = torch.empty_like(query).copy_(output)
     if end > first:
         part, part_log_sum_exp = kernel.forward(query[first:end], key[:first], value[:first], over_prefix, scale)
         own, own_log_sum_exp = output[first:end], log_sum_exp[:, first:end]
@@ -328,6 +332,35 @@ def merged_backward(
     return of_query, of_key, of_value
 
 
+def spans_of(
+    pieces: torch.Tensor,
+    prefix_queries: torch.Tensor,
+    prefix_keys: torch.Tensor,
+    longest_piece: int,
+    longest_prefix_queries: int,
+    longest_prefix_keys: int,
+) -> tuple[Spans, Spans]:
+    """The two calls of a packed row: its pieces by themselves, and segments over their prefixes."""
+    return (
+        Spans(pieces, pieces, longest_piece, longest_piece, True),
+        Spans(prefix_queries, prefix_keys, longest_prefix_queries, longest_prefix_keys, False),
+    )
+
+
+def calls_of(layout: PackedLayout) -> tuple[Any, ...]:
+    """What [`spans_of`] takes of a layout, and where prefixes and the segments that see one end."""
+    return (
+        layout.pieces,
+        layout.prefix_queries,
+        layout.prefix_keys,
+        layout.longest_piece,
+        layout.longest_prefix_queries,
+        layout.longest_prefix_keys,
+        layout.prefix_end,
+        layout.shared_end,
+    )
+
+
 @torch.library.custom_op("trl_grpo_ext::packed_attention", mutates_args=())
 def _packed_attention(
     query: torch.Tensor,
@@ -343,10 +376,8 @@ def _packed_attention(
     end: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    spans = (
-        Spans(pieces, pieces, longest_piece, longest_piece, True),
-        Spans(prefix_queries, prefix_keys, longest_prefix_queries, longest_prefix_keys, False),
-    )
+    longest = longest_piece, longest_prefix_queries, longest_prefix_keys
+    spans = spans_of(pieces, prefix_queries, prefix_keys, *longest)
     return merged_forward(KERNELS[query.device.type], query, key, value, *spans, first, end, scale)
 
 
@@ -374,10 +405,8 @@ def _packed_attention_backward(
     end: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    spans = (
-        Spans(pieces, pieces, longest_piece, longest_piece, True),
-        Spans(prefix_queries, prefix_keys, longest_prefix_queries, longest_prefix_keys, False),
-    )
+    longest = longest_piece, longest_prefix_queries, longest_prefix_keys
+    spans = spans_of(pieces, prefix_queries, prefix_keys, *longest)
     states = query, key, value, output, log_sum_exp
     return merged_backward(KERNELS[query.device.type], gradient, *states, *spans, first, end, scale)
 
@@ -420,20 +449,8 @@ def packed_attention(
         `torch.Tensor`:
             `(N, heads, size)`.
     """
-    output, _ = _packed_attention(
-        query,
-        key,
-        value,
-        layout.pieces,
-        layout.prefix_queries,
-        layout.prefix_keys,
-        layout.longest_piece,
-        layout.longest_prefix_queries,
-        layout.longest_prefix_keys,
-        layout.prefix_end,
-        layout.shared_end,
-        query.size(-1) ** -0.5 if scale is None else scale,
-    )
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    output: torch.Tensor = _packed_attention(query, key, value, *calls_of(layout), scale)[0]
     return output
 
 
@@ -450,9 +467,12 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
 # The largest relative error of a kernel's output and gradients in a trial; in half precision the states' own rounding.
 _TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
+_OBSTACLES: dict[
+    tuple[torch.device, torch.dtype, int, int], str | None
+] = {}  # what was found, for each kind of states
 
-@torch.compiler.assume_constant_result
-@functools.cache
+
+@torch.compiler.assume_constant_result  # by compilers, which look through caches but not through this
 def why_not(device: torch.device, dtype: torch.dtype, head_size: int, heads_per_key_head: int) -> str | None:
     """Why attention over a packed row is computed segment by segment; `None` if by a [`Kernel`].
 
@@ -461,17 +481,21 @@ def why_not(device: torch.device, dtype: torch.dtype, head_size: int, heads_per_
     """
     if device.type == "cpu":
         return None
-    name = f"{dtype} with heads of {head_size}"
+    states = device, dtype, head_size, heads_per_key_head
+    if states not in _OBSTACLES:
+        _OBSTACLES[states] = _find_obstacle(*states)
+    return _OBSTACLES[states]
+
+
+def _find_obstacle(device: torch.device, dtype: torch.dtype, head_size: int, heads_per_key_head: int) -> str | None:
     if dtype not in _TOLERANCES:
         obstacle: str | None = f"torch's flash attention is for half precision, and this is {dtype}"
     elif head_size % 8 or head_size > 256:
         obstacle = f"torch's flash attention takes heads of up to 256, in steps of 8, and these are of {head_size}"
     else:
         obstacle = _trial(KERNELS[device.type], device, dtype, head_size, heads_per_key_head)
-    if obstacle is None:
-        logger.info(f"Packed attention for {name} on {device}: two calls a layer of torch's flash attention.")
-    else:
-        logger.info(f"Packed attention for {name} on {device}: a call for each completion, because {obstacle}.")
+    means = "two calls a layer of torch's flash attention" if obstacle is None else f"a call a completion: {obstacle}"
+    logger.info(f"Packed attention on {device} ({dtype}, heads of {head_size}): {means}.")
     return obstacle
 
 
@@ -479,40 +503,28 @@ def why_not(device: torch.device, dtype: torch.dtype, head_size: int, heads_per_
 def _trial(
     kernel: Kernel, device: torch.device, dtype: torch.dtype, head_size: int, heads_per_key_head: int
 ) -> str | None:
-    """What is wrong with a kernel on a device, by a row of two prompts; `None` if nothing."""
-    layout = lay_out([Row(0, 5, 3), Row(0, 5, 1), Row(1, 1, 4), Row(2, 9, 1)], 9, 4)
-    (layout,) = on_device([layout], device)
+    """What is wrong with a kernel on a device, by two packed rows; `None` if nothing."""
+    # In the second each prefix is seen by a single query, for which FlashAttention has a way of its own.
+    several, single = [Row(0, 5, 3), Row(0, 5, 1), Row(1, 1, 4), Row(2, 9, 1)], [Row(0, 5, 1), Row(1, 9, 1)]
     numbers = torch.Generator().manual_seed(0)
-    shapes = [
-        (layout.num_tokens, heads, head_size) for heads in (2 * heads_per_key_head, 2, 2, 2 * heads_per_key_head)
-    ]
-    query, key, value, gradient = (torch.randn(shape, generator=numbers).to(device, dtype) for shape in shapes)
-    spans = (
-        Spans(layout.pieces, layout.pieces, layout.longest_piece, layout.longest_piece, True),
-        Spans(
-            layout.prefix_queries,
-            layout.prefix_keys,
-            layout.longest_prefix_queries,
-            layout.longest_prefix_keys,
-            False,
-        ),
-    )
-    where = layout.prefix_end, layout.shared_end, head_size**-0.5
-    found: list[torch.Tensor] = []
-    expected: list[torch.Tensor] = []
-    try:
-        for each, results in ((kernel, found), (ReferenceKernel(), expected)):
-            output, log_sum_exp = merged_forward(each, query, key, value, *spans, *where)
-            if log_sum_exp.shape != (query.size(1), query.size(0)):
-                return f"its log-sum-exps are of shape {tuple(log_sum_exp.shape)}, not (heads, tokens)"
-            results += [
-                output,
-                *merged_backward(each, gradient, query, key, value, output, log_sum_exp, *spans, *where),
-            ]
-    except Exception as error:  # whatever a build or a card lacks
-        return f"it fails ({type(error).__name__}: {str(error).splitlines()[0]:.120})"
-    for result, reference in zip(found, expected, strict=True):
-        difference = torch.linalg.vector_norm(result.float() - reference.float())
-        if not difference <= _TOLERANCES[dtype] * torch.linalg.vector_norm(reference.float()):
-            return "its results are not those of plain torch"
+    heads = 2 * heads_per_key_head
+    for layout in on_device([lay_out(rows, 9, 4) for rows in (several, single)], device):
+        query, key, value, gradient = (
+            torch.randn(layout.num_tokens, count, head_size, generator=numbers).to(device, dtype)
+            for count in (heads, 2, 2, heads)
+        )
+        *arguments, first, end = calls_of(layout)
+        calls = *spans_of(*arguments), first, end, head_size**-0.5
+        results: list[tuple[torch.Tensor, ...]] = []
+        try:
+            for each in (kernel, ReferenceKernel()):
+                output, log_sum_exp = merged_forward(each, query, key, value, *calls)
+                gradients = merged_backward(each, gradient, query, key, value, output, log_sum_exp, *calls)
+                results.append((output, *gradients))
+        except Exception as error:  # whatever a build or a card lacks
+            return f"it fails ({type(error).__name__}: {one_line(error)})"
+        for found, expected in zip(*results, strict=True):
+            difference = torch.linalg.vector_norm(found.float() - expected.float())
+            if not difference <= _TOLERANCES[dtype] * torch.linalg.vector_norm(expected.float()):
+                return "its results are not those of plain torch"
     return None

@@ -227,8 +227,10 @@ def lay_out(rows: Sequence[Row], prompt_width: int, num_completion_tokens: int) 
 
 def on_device(layouts: Sequence[PackedLayout], device: torch.device) -> list[PackedLayout]:
     """Layouts with their tensors on a device: one copy for all of them, which nobody waits for."""
-    if device.type == "cpu" or not layouts:
-        return list(layouts)
+    return list(layouts) if device.type == "cpu" else _in_one_copy(layouts, device)
+
+
+def _in_one_copy(layouts: Sequence[PackedLayout], device: torch.device) -> list[PackedLayout]:
     names = [item.name for item in fields(PackedLayout) if isinstance(getattr(layouts[0], item.name), torch.Tensor)]
     # Those of 32 bits last, so that one kernel narrows them all.
     names.sort(key=lambda name: getattr(layouts[0], name).dtype == torch.int32)

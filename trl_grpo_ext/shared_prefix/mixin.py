@@ -18,7 +18,7 @@ from ..mixin_order import OrderedMixin
 from ..ranks import is_so_anywhere
 from ..rollouts import RolloutBuffer
 from .attention import Segments, attend_over_segments, why_not_wrapped
-from .layout import LayoutError, packed_layout
+from .layout import LayoutError, PackedLayout, packed_layout
 from .prefill import shared_prefill
 from .probe import (
     computes_in_half_precision,
@@ -42,7 +42,7 @@ class SharedPrefixMixin(OrderedMixin):
     `shared_prefix="auto"` falls back to the padded forward, and says once why, where a model or a batch cannot be
     packed: images, an attention implementation other than `"sdpa"`, sliding windows that are shorter than a row,
     soft-capped scores, attention sinks, recurrent layers, a position scaling that depends on the row's length, a MoE
-    auxiliary loss, NEFTune, whose noise depends on the row's length too, a compiled model. `"on"` raises instead, at
+    auxiliary loss, NEFTune, whose noise depends on the row's length too. `"on"` raises instead, at
     construction where that is known by then; `"off"` never packs.
 
     Before the first use a few short rows are computed both ways, which finds models that behave in another way without
@@ -160,8 +160,7 @@ class SharedPrefixMixin(OrderedMixin):
         batch_size: int | None,
         compute_entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        language_model = _language_model(self._unwrapped(model))
-        window = _shortest_sliding_window(language_model.config)
+        window = _shortest_sliding_window(_language_model(self._unwrapped(model)).config)
         rows_at_once = batch_size or input_ids.size(0)
         parts = [
             (ids, packed_layout(ids, mask, num_completion_tokens))
@@ -170,28 +169,34 @@ class SharedPrefixMixin(OrderedMixin):
         longest = max(layout.longest_sequence for _, layout in parts)
         if window is not None and longest > window:
             raise LayoutError(f"the sliding window of {window} tokens is shorter than the longest row, {longest}")
-        attend_over_segments(compat.attention_name(language_model))
         logps, entropies = [], []
         for ids, layout in parts:
             self._count_tokens(model, ids, layout.num_tokens)
-            segments = Segments(layout)
-            with self.accelerator.autocast(), _scored_places_only(language_model.base_model):
-                outputs = model(
-                    input_ids=layout.pack(ids),
-                    position_ids=layout.position_ids.unsqueeze(0),
-                    # With no mask, or one for each token, transformers would make one of N x N. A mask of four
-                    # dimensions is handed on as it is; the attention takes the segments instead.
-                    attention_mask=ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
-                    shift_labels=layout.labels(ids).unsqueeze(0),
-                    fused_lm_head=True,
-                    segments=segments,
-                )
-            if segments.num_uses == 0:
-                raise RuntimeError("no attention layer was given the segments of the packed row")
-            logps.append(layout.unpack(outputs.log_probs[0]))
+            per_token = self._forward_of_packed_row(model, ids, layout)
+            logps.append(layout.unpack(per_token.log_probs[0]))
             if compute_entropy:
-                entropies.append(layout.unpack(outputs.entropy[0]))
+                entropies.append(layout.unpack(per_token.entropy[0]))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+    def _forward_of_packed_row(self, model: Any, input_ids: torch.Tensor, layout: PackedLayout) -> Any:
+        """What TRL's fused LM head returns for the scored places of a packed row; nothing here waits for a GPU."""
+        language_model = _language_model(self._unwrapped(model))
+        attend_over_segments(compat.attention_name(language_model))
+        segments = Segments(layout)
+        with self.accelerator.autocast(), _scored_places_only(language_model.base_model), compat.every_row_scored():
+            outputs = model(
+                input_ids=layout.pack(input_ids),
+                position_ids=layout.position_ids.unsqueeze(0),
+                # With no mask, or one for each token, transformers would make one of N x N. A mask of four
+                # dimensions is handed on as it is; the attention takes the segments instead.
+                attention_mask=input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
+                shift_labels=layout.labels(input_ids).unsqueeze(0),
+                fused_lm_head=True,
+                segments=segments,
+            )
+        if self._packs is None and segments.num_uses == 0 and not compat.compiles(self):  # of the first forward
+            raise RuntimeError("no attention layer was given the segments of the packed row")
+        return outputs
 
     def _count_tokens(self, model: Any, input_ids: torch.Tensor, num_computed: int) -> None:
         is_policy = self._unwrapped(model) is self._unwrapped(self.model)
@@ -205,8 +210,6 @@ class SharedPrefixMixin(OrderedMixin):
 
     def _find_obstacle(self) -> str | None:
         """What speaks against packing, as far as settings and configurations say it."""
-        if compat.compiles(self):
-            return "the model is compiled, which would be done again for packed rows of ever new lengths and forms"
         if compat.has_noise_on_embeddings(self):
             return "NEFTune's noise depends on the length of the row (neftune_noise_alpha)"
         return next(filter(None, map(find_obstacle, self._own_models())), None)
@@ -258,7 +261,7 @@ class SharedPrefixMixin(OrderedMixin):
 
 @contextmanager
 def _scored_places_only(backbone: nn.Module) -> Iterator[None]:
-    """Within it a packed row's last hidden states are those of the scored places: off a GPU the LM head scores all."""
+    """Within it a packed row's last hidden states are those of the scored places: the LM head sees no others."""
     hook = backbone.register_forward_hook(_keep_scored_places, with_kwargs=True)
     try:
         yield
