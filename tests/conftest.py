@@ -1,8 +1,8 @@
+import importlib.util
 import os
 import tempfile
 
 import pytest
-from hypothesis import settings
 
 
 # Removed at the end: caches, and what processes that tests start leave behind (torchrun its folder, vLLM its sockets).
@@ -18,8 +18,12 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples at every run, and none of them kept in a folder; no deadline, because machines are busy at times.
-settings.register_profile("default", database=None, deadline=None, derandomize=True)
-settings.load_profile("default")
+# Tests on a GPU do without.
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    settings.register_profile("default", database=None, deadline=None, derandomize=True)
+    settings.load_profile("default")
 
 
 def pytest_unconfigure() -> None:

@@ -324,6 +324,13 @@ def pretended_gpu(bench, monkeypatch):
 def test_bench_update_on_a_gpu(pretended_gpu, monkeypatch, tmp_path, capsys):
     """TRL with each of its attentions, ratios to each, and the one to its faster attention apart."""
     bench, file = pretended_gpu, tmp_path / "bench.json"
+
+    def peak_memory(args, name, side):
+        if side == "ours, no checkpointing":
+            raise torch.cuda.OutOfMemoryError
+        return 1.0
+
+    monkeypatch.setattr(bench, "peak_memory", peak_memory)
     monkeypatch.setattr(
         bench,
         "TRL_ON_GPUS",
@@ -336,7 +343,8 @@ def test_bench_update_on_a_gpu(pretended_gpu, monkeypatch, tmp_path, capsys):
     (workload,) = content["workloads"].values()
     assert content["device"] == "a GPU"
     theirs = ["trl, sdpa", "trl, flash_attention_2", "trl, flash_attention_3"]
-    assert list(workload["trainers"])[:5] == [*theirs, "ours", "ours, no checkpointing"]
+    assert list(workload["trainers"])[:4] == [*theirs, "ours"]
+    assert "ours, no checkpointing" not in workload["trainers"]  # there is too little memory for it
     seconds = {side: figures["seconds"][0] for side, figures in workload["trainers"].items()}
     against = workload["headline"]["against"]
     assert seconds[against] == min(map(seconds.get, theirs))
