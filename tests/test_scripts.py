@@ -537,10 +537,10 @@ def test_check_gpu_runs_all_parts(check_gpu, monkeypatch, tmp_path, capsys, has_
         "passes": True,
     }
     assert report["parts"]["fails"]["problem"] == "exit status 1: what is wrong"
-    assert report["parts"]["fails"]["of"] == "what there is"
+    assert report["parts"]["fails"]["figures"]["of"] == "what there is"
     assert report["parts"]["late"]["problem"] == "not done in 3 s"
     assert report["parts"]["silent"]["problem"].startswith("no figures")
-    assert report["parts"]["passes"]["accuracy"] == 0.5
+    assert report["parts"]["passes"]["figures"] == {"accuracy": 0.5}
     assert 3 <= report["parts"]["late"]["seconds"] <= report["seconds"]
     assert not Path(f"/proc/{started.read_text()}").exists() or is_zombie(started.read_text())
     shown = capsys.readouterr().out
@@ -668,7 +668,9 @@ def test_check_gpu_trains(check_gpu, word_problems, tmp_path):
     assert summary["accuracy"]["before"]["items"] == summary["accuracy"]["after"]["items"] == 8
     assert 1 <= summary["optimizer_steps"] < 1000
     assert (output_dir / "curve.png").stat().st_size > 10_000
-    assert json.loads(file.read_text())["parts"]["training"]["optimizer_steps"] == summary["optimizer_steps"]
+    assert (
+        json.loads(file.read_text())["parts"]["training"]["figures"]["optimizer_steps"] == summary["optimizer_steps"]
+    )
 
 
 def test_check_gpu_writes_the_curve_without_matplotlib(check_gpu, monkeypatch, tmp_path):
