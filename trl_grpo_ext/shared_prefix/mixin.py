@@ -194,7 +194,7 @@ class SharedPrefixMixin(OrderedMixin):
                 fused_lm_head=True,
                 segments=segments,
             )
-        if self._packs is None and segments.num_uses == 0 and not compat.compiles(self):  # of the first forward
+        if self._packs is None and segments.num_uses == 0:  # of the rows that are compared, before any other
             raise RuntimeError("no attention layer was given the segments of the packed row")
         return outputs
 
@@ -230,6 +230,7 @@ class SharedPrefixMixin(OrderedMixin):
                 undisturbed(model, device),
                 disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
                 torch.inference_mode(False),
+                torch.compiler.set_stance("force_eager"),  # to compile for made-up rows would take minutes
                 torch.set_grad_enabled(bool(parameters)),
             ):
                 padded = padded_forward(model, ids, mask, width)[0]
