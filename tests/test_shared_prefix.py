@@ -604,6 +604,7 @@ class CountedGraphs:
         return graph.forward
 
 
+@pytest.mark.slow
 @needs_dynamo
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_model_is_compiled_for_few_of_many_shapes(checkpointing, compiled_by_accelerate, tmp_path):
@@ -631,6 +632,7 @@ def test_a_compiled_model_is_compiled_for_few_of_many_shapes(checkpointing, comp
     assert len(calls) == num_layers or checkpointing  # there a layer is a graph in the graph
 
 
+@pytest.mark.slow
 @needs_dynamo
 def test_torch_compile_trains_as_trl(compiled_by_accelerate, tmp_path):
     make_model(FAMILIES["qwen2"]).save_pretrained(tmp_path / "policy")
