@@ -1,6 +1,10 @@
 """The packed forward against a forward of each row by itself, and whole runs against TRL's."""
 
+import sys
+from contextlib import nullcontext
 from copy import deepcopy
+from itertools import pairwise
+from types import ModuleType
 
 import pytest
 import torch
@@ -25,16 +29,19 @@ from transformers import (
     Qwen3Config,
     set_seed,
 )
+from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_grpo_ext.config import GRPOExtConfig
-from trl_grpo_ext.shared_prefix import SharedPrefixMixin, attention, kernels
+from trl_grpo_ext.shared_prefix import SharedPrefixMixin, attention, kernels, mixin
 from trl_grpo_ext.shared_prefix.attention import Segments
-from trl_grpo_ext.shared_prefix.layout import packed_layout
+from trl_grpo_ext.shared_prefix.layout import on_device, packed_layout
 from trl_grpo_ext.shared_prefix.mixin import find_obstacle
 from trl_grpo_ext.trainer import GRPOExtTrainer
 
@@ -570,34 +577,223 @@ def test_noise_on_embeddings_is_trls(policy, tmp_path, caplog):
         make_trainer(policy, tmp_path, shared_prefix="on", **options)
 
 
+# Compiled models
+
+
+needs_dynamo = pytest.mark.skipif(torch._dynamo.config.disable, reason="TORCHDYNAMO_DISABLE is set")
+
+
 @pytest.fixture
 def compiled_by_accelerate(monkeypatch):
     """What `torch_compile` leaves in the environment goes with the test."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
-    return {"torch_compile": True, "torch_compile_backend": "eager"}
+    torch.compiler.reset()
+    yield {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    torch.compiler.reset()
 
 
-def test_a_model_that_training_compiles_is_padded(compiled_by_accelerate, tmp_path, caplog):
-    trainer = make_trainer(make_model(FAMILIES["llama"]), tmp_path, **compiled_by_accelerate)
-    with caplog.at_level("WARNING"):
-        assert not trainer.packs
-    assert "the model is compiled" in caplog.text
-    with pytest.raises(ValueError, match=r"shared_prefix='on'.*the model is compiled"):
-        make_trainer(make_model(FAMILIES["llama"]), tmp_path, shared_prefix="on", **compiled_by_accelerate)
+class CountedGraphs:
+    """A backend that keeps what it compiles, of the graphs with packed attention."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph, inputs):
+        if any("packed_attention" in str(node.target) for node in graph.graph.nodes):
+            self.graphs.append(graph)
+        return graph.forward
 
 
+@pytest.mark.slow
+@needs_dynamo
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_model_is_compiled_for_few_of_many_shapes(checkpointing, compiled_by_accelerate, tmp_path):
+    """Ten packed rows, with other groups and lengths: the same gradient, and a graph without an end in between."""
+    counted = CountedGraphs()
+    model, oracle = (make_model(FAMILIES["llama"]) for _ in range(2))
+    options = {"shared_prefix": "on", "gradient_checkpointing": checkpointing}
+    trainer = make_trainer(model, tmp_path, **options, **compiled_by_accelerate)
+    assert trainer.packs
+    compiled = torch.compile(trainer.model, backend=counted)
+    computed = set()
+    for number in range(10):
+        rows = [(prompt, length + number % 3, completion + number) for prompt, length, completion in ROWS]
+        ids, mask, width = make_rows(rows[: 3 + number % 5], seed=number)
+        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+            compiled, ids, mask, width, compute_entropy=True
+        )
+        expected = by_row(oracle, ids, mask, width)
+        assert_close(gradients(trainer.model, logps, entropies), gradients(oracle, *expected))
+        computed.add(tokens_computed(trainer))
+    assert len(computed) == 10
+    assert 1 <= len(counted.graphs) <= 2
+    num_layers = trainer.model.config.num_hidden_layers
+    calls = [node.target for node in counted.graphs[-1].graph.nodes if "packed_attention" in str(node.target)]
+    assert len(calls) == num_layers or checkpointing  # there a layer is a graph in the graph
+
+
+@pytest.mark.slow
+@needs_dynamo
+def test_torch_compile_trains_as_trl(compiled_by_accelerate, tmp_path):
+    make_model(FAMILIES["qwen2"]).save_pretrained(tmp_path / "policy")
+    policy, options = str(tmp_path / "policy"), {"num_iterations": 2, "gradient_checkpointing": True}
+    expected = run(GRPOTrainer, policy, tmp_path, **options)
+    found = run(GRPOExtTrainer, policy, tmp_path, shared_prefix="on", **options, **compiled_by_accelerate)
+    assert is_compiled_module(found.trainer.model_wrapped)
+    assert found.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5)
+    start = run(GRPOTrainer, policy, tmp_path, learning_rate=0.0, max_steps=1).weights
+    assert relative_difference(found.weights, expected.weights, start) <= 1e-5
+    tokens = zip(found.metric("update/tokens_computed"), found.metric("update/tokens_padded"), strict=True)
+    assert all(computed < padded for computed, padded in tokens)
+
+
+@needs_dynamo
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_model_that_is_compiled_already_is_padded(in_place, tmp_path):
-    model = make_model(FAMILIES["llama"])
+def test_a_model_that_is_compiled_already_is_packed(in_place, tmp_path):
+    model, oracle = (make_model(FAMILIES["llama"]) for _ in range(2))
     if in_place:
-        model.model.layers[0].compile(backend="eager")
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager")
     else:
-        model = torch.compile(model, backend="eager")
-        if not is_compiled_module(model):
-            pytest.skip("torch.compile does nothing: TORCHDYNAMO_DISABLE is set")
-    assert not make_trainer(model, tmp_path).packs
-    with pytest.raises(ValueError, match="the model is compiled"):
-        make_trainer(model, tmp_path, shared_prefix="on")
+        model = torch.compile(model, backend="aot_eager")
+    trainer = make_trainer(model, tmp_path, shared_prefix="on")
+    ids, mask, width = make_rows()
+    logps, entropies = by_row(oracle, ids, mask, width)
+    expected = {"logps": logps.detach(), **gradients(oracle, logps, entropies)}
+    found = logps_and_gradients(trainer)
+    assert_close({name.removeprefix("_orig_mod."): value for name, value in found.items()}, expected)
+    assert tokens_computed(trainer) < ids.numel()
+
+
+# Attention implementations
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+):
+    """What the package computes, row by row, in the states' own type."""
+    outputs = []
+    ends = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
+    for (first, first_key), (end, end_key) in pairwise(ends):
+        query, key, value = q[first:end], k[first_key:end_key], v[first_key:end_key]
+        assert len(query) <= max_seqlen_q
+        assert len(key) <= max_seqlen_k
+        key, value = (states.repeat_interleave(q.size(1) // k.size(1), dim=1) for states in (key, value))
+        scores = torch.einsum("nhd,mhd->hnm", query, key) * (softmax_scale or q.size(-1) ** -0.5)
+        if causal:
+            hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + len(key) - len(query))
+            scores = scores.masked_fill(hidden, -torch.inf)
+        outputs.append(torch.einsum("hnm,mhd->nhd", scores.softmax(-1), value))
+    return torch.cat(outputs)
+
+
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+    ends = torch.arange(q.size(0) + 1) * q.size(1)
+    by_token = (states.flatten(0, 1) for states in (q, k, v))
+    output = flash_attn_varlen_func(*by_token, ends, ends, q.size(1), q.size(1), dropout_p, softmax_scale, causal)
+    return output.view(q.shape)
+
+
+@pytest.fixture
+def flash_attention_2(monkeypatch):
+    """A package of the name and signatures of FlashAttention 2, which computes on a CPU."""
+    package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
+    package.flash_attn_func, package.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+    package.flash_attn_with_kvcache = flash_attn_func
+    padding.pad_input, padding.unpad_input = flash_utils._pad_input, flash_utils._unpad_input
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
+    monkeypatch.setattr(flash_utils, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
+    return "flash_attention_2"
+
+
+def with_attention(model, name):
+    model.config._attn_implementation = name
+    return model
+
+
+def test_flash_attention_2_trains_as_trl(flash_attention_2, tmp_path):
+    """From model to loss: TRL's trainer unpads rows for the package, ours packs them."""
+    runs = {}
+    for trainer_class, options in ((GRPOTrainer, {}), (GRPOExtTrainer, {"shared_prefix": "on"})):
+        model = with_attention(make_model(FAMILIES["qwen2"]), flash_attention_2)
+        set_seed(0)
+        config_class = GRPOConfig if trainer_class is GRPOTrainer else GRPOExtConfig
+        config = canned_config(tmp_path, config_class, num_iterations=2, gradient_checkpointing=True, **options)
+        runs[trainer_class] = train_canned(trainer_class, config, model)
+    expected, found = runs[GRPOTrainer], runs[GRPOExtTrainer]
+    assert found.trainer.model.config._attn_implementation == flash_attention_2
+    assert found.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5)
+    start = make_model(FAMILIES["qwen2"]).state_dict()
+    assert relative_difference(found.weights, expected.weights, start) <= 1e-5
+    tokens = zip(found.metric("update/tokens_computed"), found.metric("update/tokens_padded"), strict=True)
+    assert all(computed < padded for computed, padded in tokens)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flex_attention", "owner/kernel@revision"])
+def test_every_attention_packs(name, tmp_path, monkeypatch):
+    """With the gradient of attention as it is written down; what is registered is called without segments alone."""
+    registered = ALL_ATTENTION_FUNCTIONS
+    if name not in registered:  # as transformers registers a kernel of the hub when it loads it
+        monkeypatch.setitem(AttentionInterface._global_mapping, name, registered["flash_attention_2"])
+        monkeypatch.setitem(
+            AttentionMaskInterface._global_mapping, name, ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"]
+        )
+    oracle = make_model(FAMILIES["qwen3"])
+    ids, mask, width = make_rows()
+    logps, entropies = by_row(oracle, ids, mask, width)
+    expected = {"logps": logps.detach(), **gradients(oracle, logps, entropies)}
+    trainer = make_trainer(with_attention(make_model(FAMILIES["qwen3"]), name), tmp_path, shared_prefix="on")
+    monkeypatch.setattr(trainer, "_packs", True)  # these cannot compute padded rows here, to be compared with
+    trainer._packed_models.add(trainer.model)
+    assert_close(logps_and_gradients(trainer), expected)
+    assert tokens_computed(trainer) < ids.numel()
+
+
+def test_flash_attention_goes_back_to_the_models_type(tmp_path, monkeypatch):
+    """Norms in fp32, as adapters leave them, make queries and keys that a model in bf16 cannot go on with."""
+    trainer = make_trainer(with_attention(make_model(FAMILIES["qwen3"]).bfloat16(), "flash_attention_2"), tmp_path)
+    for layer in trainer.model.model.layers:
+        layer.self_attn.q_norm.float()
+        layer.self_attn.k_norm.float()
+    monkeypatch.setattr(trainer, "_packs", True)
+    trainer._packed_models.add(trainer.model)
+    ids, mask, width = make_rows()
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)
+    expected, _ = by_row(make_model(FAMILIES["qwen3"]), ids, mask, width)
+    assert (logps - expected).abs().mean() < 0.05
+
+
+def test_an_attention_of_the_users_own_is_padded(monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "mine", lambda *args, **kwargs: None)
+    assert "attn_implementation is 'mine'" in find_obstacle(with_attention(make_model(FAMILIES["llama"]), "mine"))
+
+
+# Nothing waits for a GPU
+
+
+def test_a_packed_forward_reads_nothing_back_from_its_device(tmp_path, monkeypatch):
+    """On torch's device without storage every way to look at a value is an error."""
+    ids, mask, width = make_rows()
+    trainer = make_trainer(make_model(FAMILIES["qwen2"]), tmp_path, shared_prefix="on")
+    assert trainer.packs
+    monkeypatch.setitem(kernels.KERNELS, "meta", kernels.FlashKernel())
+    monkeypatch.setattr(kernels, "why_not", lambda *states: None)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # which does not know this device
+    monkeypatch.setattr(trl_utils, "_use_triton", lambda device: True)  # as on a GPU, where it takes padding out
+    model = trainer.model.to("meta")
+    (layout,) = on_device([packed_layout(ids, mask, width)], torch.device("meta"))
+    outputs = trainer._forward_of_packed_row(model, ids.to("meta"), layout)
+    logps, entropies = layout.unpack(outputs.log_probs[0]), layout.unpack(outputs.entropy[0])
+    assert (logps.device.type, logps.shape) == ("meta", (len(ids), width))
+    (logps.sum() + entropies.sum()).backward()
+    assert all(parameter.grad.device.type == "meta" for parameter in model.parameters())
+    # the head's rows are those that it has to score
+    assert outputs.log_probs.shape == (1, int(mask[:, -width:].sum()))
+    monkeypatch.setattr(mixin.compat, "every_row_scored", nullcontext)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        trainer._forward_of_packed_row(model, ids.to("meta"), layout)
 
 
 # The attention by itself

@@ -21,7 +21,6 @@ from typing import Any
 import numpy
 import torch
 import trl
-from accelerate.utils import DynamoBackend, is_compiled_module
 from torch import nn
 from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -364,13 +363,6 @@ def attention_name(model: PreTrainedModel) -> str:
 def carries_state_along_rows(model: PreTrainedModel) -> bool:
     """Whether transformers says of the model that it is recurrent."""
     return bool(getattr(model, "_is_stateful", False))
-
-
-def compiles(trainer: GRPOTrainer) -> bool:
-    """Whether the policy is compiled, or will be when it is prepared for training."""
-    return trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO or any(
-        is_compiled_module(module) or module._compiled_call_impl is not None for module in trainer.model.modules()
-    )
 
 
 def holds_parts_of_parameters(model: nn.Module) -> bool:

@@ -11,8 +11,9 @@ Devices differ by the [`Kernel`] alone. To autograd and to `torch.compile` all o
 `trl_grpo_ext::packed_attention`, so that neither the number of sequences nor their lengths are in a graph.
 """
 
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -141,22 +142,36 @@ def _of_key_heads(gradient: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     return gradient.unflatten(1, (states.size(1), -1)).sum(2).to(states.dtype)
 
 
+# Sequences of at least this share of the longest are padded and computed in one call, and where that is short of a
+# smaller one: a call then costs more than what it computes.
+SIMILAR_LENGTH, SHORT_TOKENS, SIMILAR_LENGTH_OF_SHORT = 0.8, 64, 0.5
+
+
 class CpuKernel:
-    """torch's flash attention for CPUs, a call for each sequence: states are views, and nothing masked is computed."""
+    """torch's flash attention for CPUs, in a call for each sequence, or for several of similar length, side by side.
+
+    States are taken as `(N, key heads, R, size)`, where `R` heads share a key head, so that keys and values are not
+    copied `R` times; those of a single sequence are not copied at all.
+    """
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        output = torch.empty_like(query)
-        wide = torch.promote_types(query.dtype, torch.float32)
-        log_sum_exp = query.new_empty(query.size(1), query.size(0), dtype=wide)
-        for rows, seen in spans.each():
+        queries, keys, values = (states.unflatten(1, (key.size(1), -1)) for states in (query, key, value))
+        output = torch.empty_like(queries, memory_format=torch.contiguous_format)
+        log_sum_exp = output.new_empty(output.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+        for rows, seen in self._calls(spans):
             part, part_log_sum_exp = compat.flash_attention_on_cpu(
-                *self._by_head(query, key, value, rows, seen), 0.0, spans.is_causal, scale=scale
+                _take(queries, rows),
+                _take_shared(keys, seen, queries),
+                _take_shared(values, seen, queries),
+                0.0,
+                spans.is_causal,
+                scale=scale,
             )
-            output[rows] = part.flatten(0, 1).transpose(0, 1)
-            log_sum_exp[:, rows] = part_log_sum_exp.flatten(0, 1)
-        return output, log_sum_exp
+            _put(output, rows, part)
+            _put(log_sum_exp, rows, part_log_sum_exp)
+        return output.flatten(1, 2), log_sum_exp.flatten(1, 2).t().contiguous()
 
     def backward(
         self,
@@ -169,33 +184,107 @@ class CpuKernel:
         spans: Spans,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        of_query, of_key, of_value = (torch.empty_like(states) for states in (query, key, value))
-        heads = (key.size(1), -1)
-        for rows, seen in spans.each():
-            of_output, of_output_as_found = (
-                states[rows].transpose(0, 1).unflatten(0, heads) for states in (gradient, output)
-            )
+        gradients, queries, keys, values, outputs, log_sum_exps = (
+            states.unflatten(1, (key.size(1), -1))
+            for states in (gradient, query, key, value, output, log_sum_exp.t().contiguous())
+        )
+        of_queries, of_keys, of_values = (
+            torch.empty_like(states, memory_format=torch.contiguous_format) for states in (queries, keys, values)
+        )
+        for rows, seen in self._calls(spans):
             parts = compat.flash_attention_on_cpu_backward(
-                of_output,
-                *self._by_head(query, key, value, rows, seen),
-                of_output_as_found,
-                log_sum_exp[:, rows].unflatten(0, heads),
+                _take(gradients, rows, zero_padding=True),
+                _take(queries, rows),
+                _take_shared(keys, seen, queries),
+                _take_shared(values, seen, queries),
+                _take(outputs, rows),
+                _take(log_sum_exps, rows),
                 0.0,
                 spans.is_causal,
                 scale=scale,
             )
-            of_query[rows] = parts[0].flatten(0, 1).transpose(0, 1)
-            of_key[seen], of_value[seen] = (part.sum(1).transpose(0, 1) for part in parts[1:])
-        return of_query, of_key, of_value
+            _put(of_queries, rows, parts[0])
+            _put(of_keys, seen, parts[1].sum(1, keepdim=True))
+            _put(of_values, seen, parts[2].sum(1, keepdim=True))
+        return of_queries.flatten(1, 2), of_keys.flatten(1, 2), of_values.flatten(1, 2)
 
     @staticmethod
-    def _by_head(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: slice, seen: slice
-    ) -> tuple[torch.Tensor, ...]:
-        """As the kernel takes them, `(key heads, heads / key heads, tokens, size)`: keys are not copied for heads."""
-        queries = query[rows].transpose(0, 1).unflatten(0, (key.size(1), -1))
-        keys = (states[seen].transpose(0, 1).unsqueeze(1) for states in (key, value))
-        return queries, *(states.expand(-1, queries.size(1), -1, -1) for states in keys)
+    def _calls(spans: Spans) -> Sequence[tuple["Places", "Places"]]:
+        """What goes into each call: queries and keys."""
+        if not spans.is_causal:
+            return list(spans.each())
+        return [(places, places) for places in _side_by_side(tuple(spans.queries.tolist()))]
+
+
+class SideBySide:
+    """Several sequences that are computed in one call, each padded to the longest with its own last token."""
+
+    def __init__(self, sequences: list[slice]) -> None:
+        lengths = torch.tensor([sequence.stop - sequence.start for sequence in sequences]).unsqueeze(1)
+        starts = torch.tensor([sequence.start for sequence in sequences]).unsqueeze(1)
+        self.length = int(lengths.max())
+        columns = torch.arange(self.length)
+        self._places = starts + torch.minimum(columns, lengths - 1)
+        self._is_token = columns < lengths
+        self._rows: dict[int, tuple[torch.Tensor, ...]] = {}  # the same for all layers with as many key heads
+
+    def rows(self, num_key_heads: int) -> tuple[torch.Tensor, ...]:
+        """Where the `(N * key heads)` rows of a packed row's states go.
+
+        Returns:
+            `tuple[torch.Tensor, ...]`:
+                The rows that make up `(sequences, key heads, length)`; which of these are padding; those that are
+                tokens; and the rows where tokens come from.
+        """
+        if num_key_heads not in self._rows:
+            rows = (self._places.unsqueeze(1) * num_key_heads + torch.arange(num_key_heads).view(1, -1, 1)).flatten()
+            is_token = self._is_token.unsqueeze(1).expand(-1, num_key_heads, -1).flatten()
+            tokens = is_token.nonzero().flatten()
+            self._rows[num_key_heads] = rows, ~is_token, tokens, rows[tokens]
+        return self._rows[num_key_heads]
+
+
+Places = slice | SideBySide
+
+
+@functools.lru_cache(maxsize=64)  # all layers of a forward, all passes over a batch
+def _side_by_side(ends: tuple[int, ...]) -> list[Places]:
+    """Sequences, by their cumulative lengths, or several of similar length."""
+    batches: list[list[slice]] = []
+    longest = 0
+    for begin, end in sorted(pairwise(ends), key=lambda sequence: sequence[0] - sequence[1]):
+        length = end - begin
+        share = SIMILAR_LENGTH_OF_SHORT if longest <= SHORT_TOKENS else SIMILAR_LENGTH
+        if batches and length >= share * longest:
+            batches[-1].append(slice(begin, end))
+        else:
+            batches.append([slice(begin, end)])
+            longest = length
+    return [batch[0] if len(batch) == 1 else SideBySide(batch) for batch in batches]
+
+
+def _take(states: torch.Tensor, places: Places, zero_padding: bool = False) -> torch.Tensor:
+    """`(N, key heads, R, ...)` as the kernel takes it: `(key heads, R, n, ...)`, or that for each of several."""
+    if isinstance(places, slice):
+        return states[places].movedim(0, 2)
+    rows, is_padding, _, _ = places.rows(states.size(1))
+    taken = states.flatten(0, 1).index_select(0, rows)
+    if zero_padding:
+        taken.masked_fill_(is_padding.view(-1, 1, 1), 0.0)
+    return taken.unflatten(0, (-1, places.length)).transpose(1, 2)
+
+
+def _take_shared(states: torch.Tensor, places: Places, queries: torch.Tensor) -> torch.Tensor:
+    """[`_take`] for keys and values: `R` times the same, without a copy."""
+    return _take(states, places).expand(-1, queries.size(2), -1, -1)
+
+
+def _put(states: torch.Tensor, places: Places, part: torch.Tensor) -> None:
+    if isinstance(places, slice):
+        states[places] = part.movedim(2, 0)
+        return
+    _, _, tokens, rows = places.rows(states.size(1))
+    states.flatten(0, 1).index_copy_(0, rows, part.transpose(1, 2).flatten(0, 1).index_select(0, tokens))
 
 
 class FlashKernel:
@@ -287,8 +376,6 @@ def merged_forward(
     output, log_sum_exp = kernel.forward(query, key, value, pieces, scale)
     if log_sum_exp.shape != (query.size(1), query.size(0)):  # some builds pad them
         raise ValueError(f"log-sum-exps are of shape {tuple(log_sum_exp.shape)}, not (heads, tokens)")
-    if output.stride() != query.stride():  # which compilers have been promised
-        output = torch.empty_like(query).copy_(output)
     if end > first:
         part, part_log_sum_exp = kernel.forward(query[first:end], key[:first], value[:first], over_prefix, scale)
         own, own_log_sum_exp = output[first:end], log_sum_exp[:, first:end]
@@ -378,13 +465,14 @@ def _packed_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     longest = longest_piece, longest_prefix_queries, longest_prefix_keys
     spans = spans_of(pieces, prefix_queries, prefix_keys, *longest)
-    return merged_forward(KERNELS[query.device.type], query, key, value, *spans, first, end, scale)
+    output, log_sum_exp = merged_forward(KERNELS[query.device.type], query, key, value, *spans, first, end, scale)
+    return output.contiguous(), log_sum_exp.contiguous()  # as compilers are told
 
 
 @_packed_attention.register_fake
 def _(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
-    return torch.empty_like(query), query.new_empty((query.size(1), query.size(0)), dtype=wide)
+    return query.new_empty(query.shape), query.new_empty((query.size(1), query.size(0)), dtype=wide)
 
 
 @torch.library.custom_op("trl_grpo_ext::packed_attention_backward", mutates_args=())
@@ -408,12 +496,13 @@ def _packed_attention_backward(
     longest = longest_piece, longest_prefix_queries, longest_prefix_keys
     spans = spans_of(pieces, prefix_queries, prefix_keys, *longest)
     states = query, key, value, output, log_sum_exp
-    return merged_backward(KERNELS[query.device.type], gradient, *states, *spans, first, end, scale)
+    gradients = merged_backward(KERNELS[query.device.type], gradient, *states, *spans, first, end, scale)
+    return gradients[0].contiguous(), gradients[1].contiguous(), gradients[2].contiguous()
 
 
 @_packed_attention_backward.register_fake
 def _(gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any) -> Any:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

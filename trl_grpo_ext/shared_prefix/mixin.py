@@ -40,10 +40,10 @@ class SharedPrefixMixin(OrderedMixin):
     [`trl_grpo_ext.shared_prefix.layout`]). Log-probabilities, entropies and gradients are those of TRL's padded one.
 
     `shared_prefix="auto"` falls back to the padded forward, and says once why, where a model or a batch cannot be
-    packed: images, an attention implementation other than `"sdpa"`, sliding windows that are shorter than a row,
-    soft-capped scores, attention sinks, recurrent layers, a position scaling that depends on the row's length, a MoE
-    auxiliary loss, NEFTune, whose noise depends on the row's length too. `"on"` raises instead, at
-    construction where that is known by then; `"off"` never packs.
+    packed: images, eager attention or one of the user's own, sliding windows that are shorter than a row, soft-capped
+    scores, attention sinks, recurrent layers, a position scaling that depends on the row's length, a MoE auxiliary
+    loss, NEFTune, whose noise depends on the row's length too. `"on"` raises instead, at construction where that is
+    known by then; `"off"` never packs.
 
     Before the first use a few short rows are computed both ways, which finds models that behave in another way without
     saying so: their log-probabilities, and the gradients of all parameters. Where processes hold parts of parameters
@@ -194,7 +194,7 @@ class SharedPrefixMixin(OrderedMixin):
                 fused_lm_head=True,
                 segments=segments,
             )
-        if self._packs is None and segments.num_uses == 0 and not compat.compiles(self):  # of the first forward
+        if self._packs is None and segments.num_uses == 0:  # of the rows that are compared, before any other
             raise RuntimeError("no attention layer was given the segments of the packed row")
         return outputs
 
@@ -230,6 +230,7 @@ class SharedPrefixMixin(OrderedMixin):
                 undisturbed(model, device),
                 disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
                 torch.inference_mode(False),
+                torch.compiler.set_stance("force_eager"),  # to compile for made-up rows would take minutes
                 torch.set_grad_enabled(bool(parameters)),
             ):
                 padded = padded_forward(model, ids, mask, width)[0]
