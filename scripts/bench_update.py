@@ -47,8 +47,6 @@ from unittest.mock import patch
 
 import torch
 from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
@@ -716,49 +714,66 @@ def headline(args: BenchArguments, result: dict[str, Any]) -> dict[str, Any]:
 def print_table(args: BenchArguments, results: dict[str, dict[str, Any]]) -> bool:
     """The figures; whether all gradients agree."""
     theirs = [side for side in sides_of(args) if not is_ours(side)]
-    of_error = "gradient" if args.dtype == "float32" else "gradient's error"
-    table = Table(
-        "workload",
-        "trainer",
-        "seconds",
+    columns = [
+        *("workload", "trainer", "seconds"),
         *([f"ratio to {side}" for side in theirs] if args.on_gpu else ["ratio"]),
-        *("over the limit", "tokens", "peak GB", "of TRL's", of_error),
-        title=f"Update of a generation batch, {args.model}, {args.device}, {args.dtype}, sampler: {args.sampler}",
-    )
+        *("over the limit", "tokens", "peak GB", "of TRL's"),
+        "gradient" if args.dtype == "float32" else "gradient's error",
+    ]
+    rows = []
     all_agree = True
     for name, result in results.items():
-        table.add_section()
         trl = result["trainers"][theirs[0]]
         for side, figures in result["trainers"].items():
             seconds = statistics.median(figures["seconds"])
             is_valid = not is_ours(side) or agrees(args, figures, trl)
             all_agree &= is_valid
             limit = result["limit_seconds"].get(limit_of(side))
-            table.add_row(
-                name if side == theirs[0] else "",
-                side,
-                f"{seconds:.2f}",
-                *(
-                    f"{statistics.median(result['trainers'][other]['seconds']) / seconds:.2f}"
-                    if is_valid
-                    else "gradients differ"
-                    for other in theirs
-                ),
-                f"{seconds / statistics.median(limit):.2f}" if limit and is_ours(side) else "",
-                f"{figures['tokens_computed']:,}",
-                f"{figures['peak_memory_gb']:.2f}",
-                f"{figures['peak_memory_gb'] / trl['peak_memory_gb']:.2f}",
-                f"{figures.get('gradient_error', figures['gradient_difference']):.0e}",
+            rows.append(
+                (
+                    name if side == theirs[0] else "",
+                    side,
+                    f"{seconds:.2f}",
+                    *(
+                        f"{statistics.median(result['trainers'][other]['seconds']) / seconds:.2f}"
+                        if is_valid
+                        else "gradients differ"
+                        for other in theirs
+                    ),
+                    f"{seconds / statistics.median(limit):.2f}" if limit and is_ours(side) else "",
+                    f"{figures['tokens_computed']:,}",
+                    f"{figures['peak_memory_gb']:.2f}",
+                    f"{figures['peak_memory_gb'] / trl['peak_memory_gb']:.2f}",
+                    f"{figures.get('gradient_error', figures['gradient_difference']):.0e}",
+                )
             )
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
+    title = f"Update of a generation batch, {args.model}, {args.device}, {args.dtype}, sampler: {args.sampler}"
+    show(title, columns, rows)
     for name, result in results.items():
         if args.on_gpu:
             first = result["headline"]
             ratio = "gradients differ" if first["ratio"] is None else f"{first['ratio']:.2f} times as fast"
             share = result["attention_share"]
-            console.print(f"{name}: against {first['against']} {ratio}; {share:.0%} of the GPU's time is attention")
+            print(f"{name}: against {first['against']} {ratio}; {share:.0%} of the GPU's time is attention")
     return all_agree
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table, or without rich its cells; a workload's name begins its rows."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(title)
+        for row in (columns, *rows):
+            print("\t".join(row))
+        return
+    table = Table(*columns, title=title)
+    for row in rows:
+        if row[0]:
+            table.add_section()
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def write_results(args: BenchArguments, results: dict[str, dict[str, Any]]) -> None:

@@ -106,7 +106,7 @@ def test_settings_that_a_file_cannot_hold(tmp_path):
 
 def test_harmless_settings_exist():
     """A name that nothing bears is a mistake, or one that was changed upstream."""
-    recipe_names = ["cpu_threads", "eval_items", "eval_dataset_name"]
+    recipe_names = ["cpu_threads", "max_minutes", "eval_items", "eval_dataset_name"]
     names = [item.name for item in itertools.chain(fields(GRPOExtConfig), fields(ModelConfig))] + recipe_names
     for known in HARMLESS + NOT_HARMLESS:
         assert any(name.startswith(known) if known.endswith("_") else name == known for name in names), known

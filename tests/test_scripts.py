@@ -296,6 +296,12 @@ def test_bench_update(bench, tmp_path, capsys):
     assert "gsm8k" in capsys.readouterr().out
 
 
+def test_bench_update_shows_its_figures_without_rich(bench, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    bench.show("a title", ["workload", "seconds"], [["gsm8k", "1.5"]])
+    assert capsys.readouterr().out.split() == ["a", "title", "workload", "seconds", "gsm8k", "1.5"]
+
+
 def test_bench_update_in_bfloat16(bench, tmp_path):
     """The gradient is held against TRL's in float32, within twice TRL's own error."""
     file = tmp_path / "bench.json"
