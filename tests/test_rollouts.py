@@ -181,8 +181,9 @@ def test_rows_by_prompt_lose_nothing(rows, per_batch):
     found = {}
     for batch in buffer:
         tokens = int(batch["completion_mask"].sum())
-        for prompt in set(batch["prompt_ids"][:, -1].tolist()):
-            tokens += int(batch["prompt_mask"][batch["prompt_ids"][:, -1] == prompt][0].sum())
+        has_tokens = batch["completion_mask"].any(dim=1)
+        for prompt in set(batch["prompt_ids"][has_tokens, -1].tolist()):
+            tokens += int(batch["prompt_mask"][batch["prompt_ids"][:, -1] == prompt][0].sum()) - 1
         assert tokens <= math.prod(buffer.padded_shape) == 20 * per_batch
         for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True):
             if batch["completion_ids"].shape != (1, 1):
