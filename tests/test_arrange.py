@@ -117,7 +117,7 @@ def test_few_padded_shares(widths, most, number):
         pytest.param(  # 12, 9, 8, 7 and 4 tokens: 20 and 20, not 24 and 16
             rows_of((1, 12), (1, 9), (1, 8), (1, 7), (1, 4)), 4, 24, [[0, 2], [1, 3, 4], [], []], id="balanced"
         ),
-        pytest.param(  # 3 x 14 tokens: two micro-batches of whole groups have 28 and 14, with one group halved 23 and 22
+        pytest.param(  # 3 x 14 tokens: two shares of whole groups have 28 and 14, with a group halved 23 and 22
             rows_of((4, 5, 6), (4, 5, 6), (4, 5, 6)), 3, 26, [[0, 1, 5], [2, 3, 4], []], id="halved to save one"
         ),
         pytest.param(
