@@ -43,9 +43,9 @@ class GRPOExtConfig(GRPOConfig):
             Deal the rows of an optimizer step out to as few of its micro-batches as can be with at most so many tokens
             each, a prompt counted once; the others compute a single token. `"auto"`: as many tokens as TRL's padded
             micro-batch has, so no more memory. Where rows are padded, padding counts. Loss and gradient are the same.
-            It pays where a micro-batch does not fill the device: packed rows of a small model on a GPU. On a CPU it
-            does not: there two small micro-batches take as long as one large one. Applies where rows can be dealt out:
-            to TRL's own loss with every `loss_type` but bnpo.
+            It pays where a micro-batch does not fill the device: packed rows of a small model on a GPU. On a CPU half
+            the tokens take half the time, and under ZeRO-3 a micro-batch without rows still gathers all weights.
+            Applies where rows can be dealt out: to TRL's own loss with every `loss_type` but bnpo.
         check_references (`bool`, *optional*, defaults to `True`):
             Raise when the trainer is made if this package's answer rewards cannot grade the first rows of the data
             sets: a column that is missing, references that do not get full marks. `False` is for trainers that make

@@ -108,7 +108,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
         }
 
     def _used_columns(self, index: int) -> int:
-        return max(1, *(row.used_columns for row in self._rows_on_host()[index]))
+        return max([1, *(row.used_columns for row in self._rows_on_host()[index])])
 
     def _rows_on_host(self) -> list[list[RowOnHost]]:
         """What the host knows of the rows of each micro-batch: when first asked, by one copy for all of them."""
