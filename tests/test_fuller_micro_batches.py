@@ -18,7 +18,9 @@ OURS = ("tokens_per_micro_batch", "reshuffle_iterations", "skip_zero_advantage")
 
 def run(trainer_class, policy, output_dir, **options):
     is_trls = trainer_class is GRPOTrainer
-    passed = {name: options.pop(name) for name in ("sampler_noise", "tool_masks", "resume") if name in options}
+    passed = {
+        name: options.pop(name) for name in ("sampler_noise", "tool_masks", "resume", "kinds") if name in options
+    }
     options = {name: value for name, value in options.items() if not (is_trls and name in OURS)}
     args = canned_config(output_dir, GRPOConfig if is_trls else GRPOExtConfig, **options)
     return train_canned(trainer_class, args, policy, **passed)
@@ -84,6 +86,19 @@ def test_a_number_of_tokens(policy, start, tmp_path, tokens, caplog):  # noqa: F
     # with 60 they do not fit, so that they are dealt out evenly, and that is said
     assert caplog.text.count("tokens_per_micro_batch=60 cannot be kept: a micro-batch has") == (tokens == 60)
     assert caplog.text.count("cannot be kept") == (tokens == 60)
+
+
+def test_a_row_that_is_longer_than_the_number(policy, start, tmp_path, caplog):  # noqa: F811
+    """It has a micro-batch to itself, the others keep to the number, and that is said once."""
+    kinds = [*("live",) * 63, "live, and with a prompt of " + "very " * 40 + "many tokens"]
+    options = {**SCHEDULE, "tokens_per_micro_batch": 240, "num_generations": 2, "kinds": kinds, "max_steps": 4}
+    _, ours = check_parity(policy, start, tmp_path, run=run, **options)
+    tokens = [forward.tokens for forward in ours.forwards if forward.has_gradient]
+    too_long = [number for number in tokens if number > 240]
+    assert too_long
+    assert max(too_long) <= len(kinds[-1]) + 3 + 12  # its number, and a completion
+    assert caplog.text.count("cannot be kept") == 1
+    assert "because its only row is as long" in caplog.text
 
 
 def test_rows_are_dealt_out_anew_between_passes(policy, start, tmp_path):  # noqa: F811

@@ -227,14 +227,20 @@ class MultiIterationMixin(OrderedMixin):
             logger.warning(f"{setting} does nothing: with this trainer and loss, rows stay in their micro-batches.")
         elif rollouts.is_arranged and tokens != "auto":
             by_prompt = self._arranges_by_prompt(rollouts)
-            fullest = max(rollouts.num_tokens(index, by_prompt) for index in range(len(rollouts)))
-            if fullest > int(tokens):
+            fullest = max(range(len(rollouts)), key=lambda index: rollouts.num_tokens(index, by_prompt))
+            found = rollouts.num_tokens(fullest, by_prompt)
+            if found > int(tokens):
                 self._has_reported_tokens = True
+                reason = "its only row is as long"
+                if len(rollouts[fullest]["completion_ids"]) > 1:
+                    reason = (
+                        f"the rows of an optimizer step do not fit into its {self._window_within_rollouts()} "
+                        "micro-batches: set a larger number, or more of them (gradient_accumulation_steps) of fewer "
+                        "rows each (per_device_train_batch_size)"
+                    )
                 logger.warning(
-                    f"{setting} cannot be kept: a micro-batch has {fullest} tokens, {fullest - int(tokens)} more, "
-                    "because a single row is as long, or because the rows of an optimizer step do not fit into its "
-                    "micro-batches. A larger number, or more micro-batches (gradient_accumulation_steps) of fewer "
-                    "rows, can be kept."
+                    f"{setting} cannot be kept: a micro-batch has {found} tokens, {found - int(tokens)} more, because "
+                    f"{reason}."
                 )
 
     def _arranges_by_prompt(self, rollouts: RolloutBuffer) -> bool:
