@@ -172,7 +172,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
             rows = [row.row for row in known if row.row is not None]
             if len(rows) == len(known):
                 layouts[index] = lay_out(rows, micro_batch["prompt_ids"].size(1), self._used_columns(index))
-        return dict(zip(layouts, on_device(list(layouts.values()), device), strict=True))
+        return dict(zip(layouts, on_device(list(layouts.values()), device), strict=True)) if layouts else {}
 
     def num_tokens(self, index: int, by_prompt: bool) -> int:
         """Tokens of the forward of micro-batch `index`: of a packed row, or of rows padded to the longest."""
