@@ -20,8 +20,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
+from trl_grpo_ext import compat
 from trl_grpo_ext.config import GRPOExtConfig
 from trl_grpo_ext.iterations import MultiIterationMixin
+from trl_grpo_ext.rollouts import RolloutBuffer
 from trl_grpo_ext.trainer import GRPOExtTrainer
 
 
@@ -250,6 +252,28 @@ def test_metrics_are_trls(policy, tmp_path, beta, level):
     assert second["iteration/2/ratio_max"] > 1.0
     assert second["rollouts/iterations_used"] == 2
     assert "iteration/2/approx_kl" not in first
+
+
+def test_a_forward_for_the_old_policy_that_fails(policy, tmp_path, monkeypatch):
+    """Rows without it are not gone on with: whoever trains on gets it anew."""
+
+    def run_out_of_memory(*args):
+        raise MemoryError
+
+    args = canned_config(tmp_path, **schedule_options(2, 2, 4))
+    seen = {}
+
+    class Keeping(GRPOExtTrainer):
+        def train(self, *args, **kwargs):
+            seen["trainer"] = self
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(MultiIterationMixin, "_keep_old_logps", run_out_of_memory)
+    with pytest.raises(MemoryError):
+        train_canned(Keeping, args, policy)
+    left = compat.buffered_micro_batches(seen["trainer"])
+    assert len(left) == 4
+    assert not isinstance(left, RolloutBuffer)
 
 
 def test_zeros_are_explained_once(policy, tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import math
 import signal
+from dataclasses import fields
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_grpo_ext.config import GRPOExtConfig
 from trl_grpo_ext.metrics import LeftOut
 from trl_grpo_ext.rollouts import FOLDER, RolloutBuffer, RolloutError, carries_gradient, logps_of_completions
+from trl_grpo_ext.rollouts.rows import on_host
+from trl_grpo_ext.shared_prefix.layout import packed_layout
 from trl_grpo_ext.trainer import GRPOExtTrainer
 
 
@@ -181,13 +184,140 @@ def test_rows_by_prompt_lose_nothing(rows, per_batch):
     found = {}
     for batch in buffer:
         tokens = int(batch["completion_mask"].sum())
-        for prompt in set(batch["prompt_ids"][:, -1].tolist()):
-            tokens += int(batch["prompt_mask"][batch["prompt_ids"][:, -1] == prompt][0].sum())
+        has_tokens = batch["completion_mask"].any(dim=1)
+        for prompt in set(batch["prompt_ids"][has_tokens, -1].tolist()):
+            tokens += int(batch["prompt_mask"][batch["prompt_ids"][:, -1] == prompt][0].sum()) - 1
         assert tokens <= math.prod(buffer.padded_shape) == 20 * per_batch
         for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True):
             if batch["completion_ids"].shape != (1, 1):
                 found[int(ids[0])] = int(mask.sum())
     assert found == dict(enumerate(before.tolist()))
+
+
+def test_few_micro_batches():
+    """Of rows that are brought together by prompt, and of padded ones, with the rows' own widths."""
+    rows = [(0, 5, 4), (1, 5, 3), (1, 5, 3), (0, 5, 4), (2, 9, 2), (3, 9, 10)]
+    buffer = RolloutBuffer(prompts_and_lengths(rows, 2))
+    buffer.arrange(3, skip_zero_advantage=False, by_prompt=True, most_tokens=22)
+    # prompts without their last token: 4 + 8, 4 + 6, 8 + 2 and 8 + 10 tokens
+    assert sorted(sorted(share) for share in rows_of(buffer)) == [[0, 3], [1, 2, 4], [5]]
+    buffer = RolloutBuffer(prompts_and_lengths(rows, 2))
+    buffer.arrange(3, skip_zero_advantage=False, by_prompt=True, most_tokens=50)
+    assert [buffer.is_placeholder(index) for index in range(3)] == [False, True, True]
+    assert [buffer.num_tokens(index, by_prompt=True) for index in range(3)] == [50, 1, 1]
+    # 10 columns of prompts, and 10, 4, 4, 3, 3 and 2 of completions
+    for most_tokens, expected in ((56, [[5, 0], [3, 1, 2, 4]]), (55, [[5], [0, 3], [1, 2, 4]])):
+        buffer = RolloutBuffer(prompts_and_lengths(rows, 2))
+        buffer.arrange(3, skip_zero_advantage=False, by_prompt=False, most_tokens=most_tokens)
+        assert rows_of(buffer)[: len(expected)] == expected
+        fullest = max(buffer.num_tokens(index, by_prompt=False) for index in range(3))
+        assert (fullest, buffer.is_placeholder(2)) == ((56, True) if most_tokens == 56 else (39, False))
+
+
+def test_where_few_micro_batches_cannot_be_had():
+    """Rows are dealt out as if no number had been given."""
+    rows = [(0, 5, 4), (1, 5, 3), (1, 5, 3), (0, 5, 4)]
+    for by_prompt, expected in ((True, [[0, 3], [1, 2]]), (False, [[0, 1], [2, 3]])):
+        buffer = RolloutBuffer(prompts_and_lengths(rows, 2))
+        buffer.arrange(2, skip_zero_advantage=False, by_prompt=by_prompt, most_tokens=8)
+        assert rows_of(buffer) == expected
+
+
+def test_few_micro_batches_whenever_rows_move():
+    buffer = RolloutBuffer(micro_batches([1.0, 0, 1, 1, 1, 1, 1, 1]))
+    most = {"by_prompt": True, "most_tokens": 28}  # four rows of two prompt tokens and five of the completion
+    buffer.arrange(4, skip_zero_advantage=True, **most)
+    assert [len(share) for share in rows_of(buffer)[:2]] == [4, 3]
+    assert [buffer.is_placeholder(index) for index in range(4)] == [False, False, True, True]
+    buffer.shuffle(4, **most)
+    assert [buffer.is_placeholder(index) for index in range(4)] == [False, False, True, True]
+    for index in range(2):
+        weights = (buffer[index]["completion_ids"][:, :1] < 4).float()
+        buffer.set_weights(index, weights)
+    buffer.leave_out_rows_without_weight(4, **most)
+    assert sorted(rows_of(buffer)[0]) == [0, 2, 3]
+    assert [buffer.is_placeholder(index) for index in range(4)] == [False, True, True, True]
+
+
+# Layouts
+
+
+def check_layouts(buffer):
+    """What is kept is what would be made of the micro-batch."""
+    for index in range(len(buffer)):
+        (ids, mask, width), others = buffer.forward_inputs(index)
+        trimmed = buffer.trimmed(index)
+        assert ids.equal(torch.cat([trimmed["prompt_ids"], trimmed["completion_ids"]], dim=1))
+        assert mask.equal(torch.cat([trimmed["prompt_mask"], trimmed["completion_mask"]], dim=1))
+        assert (width, others) == (trimmed["completion_ids"].size(1), {})
+        kept, made = buffer.layout_of(ids), packed_layout(ids, mask, width)
+        assert buffer.layout_of(ids) is kept
+        assert buffer.num_tokens(index, by_prompt=True) == made.num_tokens
+        for item in fields(made):
+            mine, anew = getattr(kept, item.name), getattr(made, item.name)
+            assert mine.equal(anew) if isinstance(anew, torch.Tensor) else mine == anew, item.name
+        assert buffer.layout_of(ids.clone()) is None  # who changes tokens gets none
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 10)), min_size=8, max_size=8),
+    st.sampled_from([None, 1, 30, 60]),
+)
+def test_layouts_follow_the_rows(rows, most_tokens):
+    rows = [(prompt, (3, 10, 1, 7)[prompt], completion) for prompt, completion in rows]
+    check_layouts(RolloutBuffer(prompts_and_lengths(rows, 2)))  # where TRL has put them
+    for by_prompt in (True, False):
+        buffer = RolloutBuffer(prompts_and_lengths(rows, 2))
+        buffer.arrange(2, skip_zero_advantage=True, by_prompt=by_prompt, most_tokens=most_tokens)
+        check_layouts(buffer)
+        before = buffer.forward_inputs(0)[0][0]
+        buffer.shuffle(2, by_prompt=by_prompt, most_tokens=most_tokens)
+        assert buffer.layout_of(before) is None or buffer.forward_inputs(0)[0][0] is before
+        check_layouts(buffer)
+
+
+def test_layouts_of_a_checkpoint(tmp_path):
+    buffer = RolloutBuffer(prompts_and_lengths([(0, 5, 4), (1, 1, 3), (1, 1, 3), (0, 5, 4)], 1))
+    buffer.arrange(2, skip_zero_advantage=False, by_prompt=True, most_tokens=40)
+    buffer.save(tmp_path, 0, 1, {})
+    loaded, _ = RolloutBuffer.load(tmp_path, 0, 1)
+    assert [loaded.is_placeholder(index) for index in range(4)] == [False, True, False, True]
+    check_layouts(loaded)
+
+
+def test_rows_that_cannot_be_packed_have_no_layout():
+    batches = prompts_and_lengths([(0, 5, 4)] * 4, 2)
+    batches[0]["completion_mask"][1, 1] = 0
+    buffer = RolloutBuffer(batches)
+    buffer.arrange(2, skip_zero_advantage=False, by_prompt=True, most_tokens=100)
+    ids = buffer.forward_inputs(0)[0][0]
+    assert buffer.layout_of(ids) is None
+    assert buffer.trimmed(0)["completion_ids"].shape == (4, 4)
+    assert buffer.num_tokens(0, by_prompt=True) == 4 * (10 + 4)
+
+
+def test_the_host_asks_the_device_once(monkeypatch):
+    """For all rows, whatever is then made of them: an optimizer step or a pass costs no other copy."""
+    copies = []
+
+    def copy(tensors):
+        copies.append(sum(tensor.numel() for tensor in tensors))
+        return on_host(tensors)
+
+    monkeypatch.setattr("trl_grpo_ext.rollouts.buffer.on_host", copy)
+    for arranges in (True, False):
+        copies.clear()
+        buffer = RolloutBuffer(micro_batches([1.0, 0, 1, 1, 0, 0, 0, 1]))
+        if arranges:
+            buffer.arrange(2, skip_zero_advantage=True, by_prompt=True, most_tokens=30)
+        for _ in range(2):
+            for index in range(len(buffer)):
+                assert buffer.layout_of(buffer.forward_inputs(index)[0][0]) is not None
+                buffer.num_tokens(index, by_prompt=True)
+            if arranges:
+                buffer.shuffle(2, by_prompt=True)
+        # ids and mask of 3 prompt tokens, the mask of 5 others, and three facts where rows are left out
+        assert copies == [8 * (3 + 3 + 5 + 3 * arranges)]
 
 
 def test_rows_without_a_token_have_no_gradient():

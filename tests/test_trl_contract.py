@@ -314,6 +314,15 @@ def test_a_forward_is_asked_once(trainer, monkeypatch):
 # What the packed forward relies on
 
 
+@pytest.mark.parametrize("trainer_class", [GRPOTrainer, GRPOExtTrainer])
+def test_one_process_has_one_gpu(trainer_class, policy, tmp_path):
+    """TRL refuses `nn.DataParallel`; else losses that are divided by the rows of a device would be wrong here."""
+    args = canned_config(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"nn\.DataParallel.*accelerate launch"):
+        train_canned(trainer_class, args, policy)
+
+
 def test_lm_head_takes_the_labels_of_each_place():
     model = tiny_model()
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))

@@ -187,6 +187,8 @@ def _is_deepspeed_available() -> bool:
 def _check_kind(name: str, value: Any, kinds: Sequence[Any]) -> Any:
     """A value that is of one of these types, numbers in lists made of texts; raises for another one."""
     without_none = [kind for kind in kinds if kind is not type(None)]
+    if int in without_none and str in without_none and isinstance(value, str) and value.isdecimal():
+        return int(value)  # the command line knows one type an option: a number or a word comes as text
     if without_none == [str] and name in LABELS and not isinstance(value, (str, bool, list, dict)):
         return str(value)
     if without_none == [str] and not isinstance(value, (str, bool)):

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
-from .passes import can_stop
+from .passes import can_stop, window_within_pass
 
 
 @dataclass
@@ -39,6 +39,13 @@ class GRPOExtConfig(GRPOConfig):
         shared_prefix (`str`, *optional*, defaults to `"auto"`):
             Compute each prompt once for all its completions, and no padding: `"auto"` where the model and the batch
             allow it, `"on"` or an error that says why not, `"off"` never. Loss and gradient are the same.
+        tokens_per_micro_batch (`int` or `str`, *optional*):
+            Deal the rows of an optimizer step out to as few of its micro-batches as can be with at most so many tokens
+            each, a prompt counted once; the others compute a single token. `"auto"`: as many tokens as TRL's padded
+            micro-batch has, so no more memory. Where rows are padded, padding counts. Loss and gradient are the same.
+            It pays where a micro-batch does not fill the device: packed rows of a small model on a GPU. On a CPU half
+            the tokens take half the time, and under ZeRO-3 a micro-batch without rows still gathers all weights.
+            Applies where rows can be dealt out: to TRL's own loss with every `loss_type` but bnpo.
         check_references (`bool`, *optional*, defaults to `True`):
             Raise when the trainer is made if this package's answer rewards cannot grade the first rows of the data
             sets: a column that is missing, references that do not get full marks. `False` is for trainers that make
@@ -70,6 +77,13 @@ class GRPOExtConfig(GRPOConfig):
             "choices": ["auto", "on", "off"],
         },
     )
+    tokens_per_micro_batch: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Deal the rows of an optimizer step out to as few of its micro-batches as can be with at most so "
+            "many tokens each; the gradient is the same. 'auto': as many as TRL's padded micro-batch has."
+        },
+    )
     check_references: bool = field(
         default=True, metadata={"help": "Raise if the answer rewards cannot grade the data sets' first rows."}
     )
@@ -77,6 +91,7 @@ class GRPOExtConfig(GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_settings(self)
+        self.tokens_per_micro_batch = tokens_per_micro_batch(self)
 
 
 # The fields above, with their defaults: a plain `GRPOConfig` works as if it had them.
@@ -90,6 +105,12 @@ EXTENSION_DEFAULTS: dict[str, Any] = {
 def extension_setting(args: GRPOConfig, name: str) -> Any:
     """A field of [`GRPOExtConfig`], or its default where the arguments are a plain `GRPOConfig`."""
     return getattr(args, name, EXTENSION_DEFAULTS[name])
+
+
+def tokens_per_micro_batch(args: GRPOConfig) -> int | str | None:
+    """The field of this name, where a command line may have given a number as text."""
+    value: int | str | None = extension_setting(args, "tokens_per_micro_batch")
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def check_settings(args: GRPOConfig) -> None:
@@ -128,6 +149,36 @@ def check_settings(args: GRPOConfig) -> None:
     shared_prefix = extension_setting(args, "shared_prefix")
     if shared_prefix not in ("auto", "on", "off"):
         raise ValueError(f"shared_prefix must be 'auto', 'on' or 'off', got {shared_prefix!r}")
+    _check_tokens_per_micro_batch(args)
+
+
+def _check_tokens_per_micro_batch(args: GRPOConfig) -> None:
+    tokens = tokens_per_micro_batch(args)
+    if tokens is None:
+        return
+    if tokens != "auto" and (type(tokens) is not int or tokens < 1):
+        raise ValueError(
+            f"tokens_per_micro_batch must be a positive number of tokens, 'auto', or None for off; got {tokens!r}"
+        )
+    setting = f"tokens_per_micro_batch={tokens!r} deals the rows of an optimizer step out to fewer micro-batches"
+    if args.loss_type == "bnpo":
+        raise ValueError(
+            f"{setting}, and loss_type='bnpo' is a mean over each of them, which would be another loss: set "
+            "tokens_per_micro_batch to None, or another loss_type"
+        )
+    schedule = args.steps_per_generation, args.gradient_accumulation_steps
+    window = window_within_pass(*schedule)
+    if window is None:
+        raise ValueError(
+            f"{setting}, and with steps_per_generation={schedule[0]} and gradient_accumulation_steps={schedule[1]} "
+            "optimizer steps begin in the middle of passes: make one of them a multiple of the other, or set "
+            "tokens_per_micro_batch to None"
+        )
+    if window == 1:
+        raise ValueError(
+            f"{setting}, and with steps_per_generation={schedule[0]} and gradient_accumulation_steps={schedule[1]} it "
+            "has only one in a pass: set both to 2 or more, or tokens_per_micro_batch to None"
+        )
 
 
 # Fields of `GRPOConfig` on which neither the rows of a batch nor what is done with them depends.

@@ -1,5 +1,6 @@
 """`MultiIterationMixin`: several passes over one batch of rollouts, cheap, safe and visible."""
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from trl.models.utils import disable_gradient_checkpointing
 
 from . import compat
-from .config import check_settings, extension_setting, rollout_settings
+from .config import check_settings, extension_setting, rollout_settings, tokens_per_micro_batch
 from .metrics import (
     SamplingStatistics,
     micro_batch_statistics,
@@ -23,7 +24,7 @@ from .metrics import (
 )
 from .mixin_order import OrderedMixin
 from .objective import LOSS_TYPES, ClippedObjective, clipped_places, sampling_weights
-from .passes import PassStatistics, can_shorten, exceeds_target
+from .passes import PassStatistics, can_shorten, exceeds_target, window_within_pass
 from .ranks import is_so_anywhere
 from .rollouts import (
     FOLDER,
@@ -58,6 +59,9 @@ class MultiIterationMixin(OrderedMixin):
       `iteration/{k}/ratio_max`, with k from 1, all over the completions that carry a gradient (sapo and vespo have
       nothing to clip); `rollouts/iterations_used`; and of a generation batch on this process `update/rows_skipped`
       and, once that is known, `update/rows_without_weight`;
+    - deals rows out to fewer and fuller micro-batches (`tokens_per_micro_batch`), and reports of an optimizer step's
+      micro-batches on this process how many have a row, `update/micro_batches_used`, and the tokens of the fullest,
+      `update/tokens_of_fullest`, wherever rows are dealt out;
     - reports TRL's own metrics of the loss (clip ratios, KL, entropy) once an optimizer step, weighed by tokens. The
       clip ratios are TRL's, whose denominators count completions without an advantage that were left out too; the
       entropy is that of the completions that were computed;
@@ -92,6 +96,7 @@ class MultiIterationMixin(OrderedMixin):
         self._has_own_statistics = False  # of the micro-batch that is trained on
         self._has_explained_zeros = False
         self._reported_losses: set[str] = set()
+        self._has_reported_tokens = False  # that tokens_per_micro_batch cannot be kept, or does nothing
         self._train_sampler: Any = None
 
     # Rollouts
@@ -118,13 +123,18 @@ class MultiIterationMixin(OrderedMixin):
                 if rollouts.skips_rows_without_weight:
                     compat.append_metric(self, "update/rows_without_weight", float(rollouts.num_without_weight))
             if extension_setting(self.args, "reshuffle_iterations") and rollouts.has_only_text:
-                rollouts.shuffle(self._window_within_rollouts() or 1, by_prompt=self._arranges_by_prompt(rollouts))
+                rollouts.shuffle(self._window_within_rollouts() or 1, **self._how_to_deal(rollouts))
         inputs = super()._prepare_inputs(generation_batch)
         if self._rollouts is not None:
             return inputs
         micro_batches = compat.buffered_micro_batches(self)  # TRL has just generated
         rollouts = self._new_rollouts(micro_batches, step)
-        compat.set_buffered_micro_batches(self, rollouts)
+        compat.set_buffered_micro_batches(self, rollouts)  # which knows the layout of the forwards that follow
+        try:
+            self._take_old_policy_forwards(rollouts)
+        except BaseException:  # rows without the old policy's log-probabilities are not to be gone on with
+            compat.set_buffered_micro_batches(self, micro_batches)
+            raise
         self._pass_statistics.end_pass()
         index = step % self.args.steps_per_generation
         return rollouts[index] if inputs is micro_batches[index] else inputs  # or what a trainer below made of it
@@ -149,15 +159,18 @@ class MultiIterationMixin(OrderedMixin):
         if window is not None and (step - self._window_position) % window != 0:
             window = None  # an optimizer step was broken off, or an epoch ended in one: they do not line up any more
         skips = self.beta == 0.0 and extension_setting(self.args, "skip_zero_advantage")
-        by_prompt = self._arranges_by_prompt(rollouts)
-        if window is not None and self._may_move_rows(rollouts) and (skips or by_prompt):
+        how = self._how_to_deal(rollouts)
+        may_move = self._may_move_rows(rollouts)
+        if window is not None and may_move and (skips or how["by_prompt"] or how["most_tokens"] is not None):
             rollouts.arrange(
-                window,
-                skip_zero_advantage=skips,
-                by_prompt=by_prompt,
-                skip_zero_weight=self._zero_weight_is_no_gradient(),
+                window, skip_zero_advantage=skips, skip_zero_weight=self._zero_weight_is_no_gradient(), **how
             )
             compat.append_metric(self, "update/rows_skipped", float(rollouts.num_skipped))
+        self._report_tokens_per_micro_batch(rollouts, may_move)
+        return rollouts
+
+    def _take_old_policy_forwards(self, rollouts: RolloutBuffer) -> None:
+        """Of the micro-batches for which the first pass is not the old policy's."""
         if compat.takes_old_policy_forward(self):
             until_optimizer_step = self.current_gradient_accumulation_steps - self._window_position
             if compat.corrects_sampling(self) and not self._computes_own_loss(rollouts):
@@ -165,9 +178,9 @@ class MultiIterationMixin(OrderedMixin):
             with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
                 for index in range(len(rollouts)):
                     if rollouts.needs_old_logps(index) and rollouts.micro_batches_until(index) >= until_optimizer_step:
-                        self._keep_old_logps(rollouts, index, self._forward(self.model, rollouts[index])[0])
+                        logps = self._forward(self.model, rollouts.forward_inputs(index))[0]
+                        self._keep_old_logps(rollouts, index, logps)
             self._leave_out_rows_without_weight(rollouts)
-        return rollouts
 
     def _leave_out_rows_without_weight(self, rollouts: RolloutBuffer) -> None:
         window = self._window_within_rollouts()
@@ -177,7 +190,7 @@ class MultiIterationMixin(OrderedMixin):
             and self._zero_weight_is_no_gradient()
             and self._may_move_rows(rollouts)
         ):
-            rollouts.leave_out_rows_without_weight(window, by_prompt=self._arranges_by_prompt(rollouts))
+            rollouts.leave_out_rows_without_weight(window, **self._how_to_deal(rollouts))
 
     def _zero_weight_is_no_gradient(self) -> bool:
         """Whether the sampler's correction gives rows the weight 0, and these then have no gradient."""
@@ -186,13 +199,49 @@ class MultiIterationMixin(OrderedMixin):
 
     def _may_move_rows(self, rollouts: RolloutBuffer) -> bool:
         """Whether the loss is the same however the rows of an optimizer step are dealt out to micro-batches."""
-        # bnpo divides by the tokens of the micro-batch; a subclass that prepares micro-batches, or trains on them,
-        # knows which rows are where
+        # bnpo divides by the tokens of the micro-batch
         return (
             self._computes_own_loss(rollouts)
             and LOSS_TYPES[self.loss_type].normalizer != "tokens"
-            and all(compat.foreign_override(self, name) is None for name in ("_prepare_inputs", "training_step"))
+            and self._knows_micro_batches()
         )
+
+    def _knows_micro_batches(self) -> bool:
+        """Whether nobody else prepares micro-batches, or trains on them: who does may change rows, or know them."""
+        return all(compat.foreign_override(self, name) is None for name in ("_prepare_inputs", "training_step"))
+
+    def _how_to_deal(self, rollouts: RolloutBuffer) -> dict[str, Any]:
+        """What [`RolloutBuffer.arrange`] goes by whenever it deals out rows."""
+        tokens = tokens_per_micro_batch(self.args)
+        most_tokens = math.prod(rollouts.padded_shape) if tokens == "auto" else tokens
+        return {"by_prompt": self._arranges_by_prompt(rollouts), "most_tokens": most_tokens}
+
+    def _report_tokens_per_micro_batch(self, rollouts: RolloutBuffer, may_move: bool) -> None:
+        """Say once where `tokens_per_micro_batch` does nothing, or is exceeded."""
+        tokens = tokens_per_micro_batch(self.args)
+        if tokens is None or self._has_reported_tokens:
+            return
+        setting = f"tokens_per_micro_batch={tokens!r}"
+        if not may_move:
+            self._has_reported_tokens = True
+            logger.warning(f"{setting} does nothing: with this trainer and loss, rows stay in their micro-batches.")
+        elif rollouts.is_arranged and tokens != "auto":
+            by_prompt = self._arranges_by_prompt(rollouts)
+            fullest = max(range(len(rollouts)), key=lambda index: rollouts.num_tokens(index, by_prompt))
+            found = rollouts.num_tokens(fullest, by_prompt)
+            if found > int(tokens):
+                self._has_reported_tokens = True
+                reason = "its only row is as long"
+                if len(rollouts[fullest]["completion_ids"]) > 1:
+                    reason = (
+                        f"the rows of an optimizer step do not fit into its {self._window_within_rollouts()} "
+                        "micro-batches: set a larger number, or more of them (gradient_accumulation_steps) of fewer "
+                        "rows each (per_device_train_batch_size)"
+                    )
+                logger.warning(
+                    f"{setting} cannot be kept: a micro-batch has {found} tokens, {found - int(tokens)} more, because "
+                    f"{reason}."
+                )
 
     def _arranges_by_prompt(self, rollouts: RolloutBuffer) -> bool:
         return (
@@ -203,10 +252,7 @@ class MultiIterationMixin(OrderedMixin):
 
     def _window_within_rollouts(self) -> int | None:
         """Micro-batches of an optimizer step within a pass; `None` if passes and optimizer steps do not line up."""
-        accumulation, per_pass = self.args.gradient_accumulation_steps, self.args.steps_per_generation
-        if accumulation % per_pass == 0:
-            return per_pass
-        return accumulation if per_pass % accumulation == 0 else None
+        return window_within_pass(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
 
     # Old policy
 
@@ -260,9 +306,14 @@ class MultiIterationMixin(OrderedMixin):
             self.vllm_importance_sampling_clip_max,
         )
 
-    def _forward(self, model: Any, micro_batch: dict[str, Any], compute_entropy: bool = False) -> tuple[Any, ...]:
+    def _forward(
+        self,
+        model: Any,
+        forward_inputs: tuple[tuple[torch.Tensor, torch.Tensor, int], dict[str, Any]],
+        compute_entropy: bool = False,
+    ) -> tuple[Any, ...]:
         """Log-probabilities and entropies of a micro-batch's completions, each `(B, C)`."""
-        tokens, images = compat.forward_inputs(micro_batch)
+        tokens, images = forward_inputs
         return self._get_per_token_logps_and_entropies(model, *tokens, compute_entropy=compute_entropy, **images)
 
     # Loss
@@ -324,9 +375,11 @@ class MultiIterationMixin(OrderedMixin):
         step = compat.step(self)
         index = step % self.args.steps_per_generation
         if self._computes_own_loss(rollouts):
-            if inputs is rollouts[index]:
-                inputs = rollouts.trimmed(index)
-            return self._clipped_loss(model, inputs, rollouts, index, rollouts.iteration(step))
+            if inputs is rollouts[index] and self._knows_micro_batches():
+                inputs, forward_inputs = rollouts.trimmed(index), rollouts.forward_inputs(index)
+            else:
+                forward_inputs = compat.forward_inputs(inputs)
+            return self._clipped_loss(model, inputs, forward_inputs, rollouts, step)
         with compat.recorded_policy_forwards(self, model) as forwards:
             loss = super()._compute_loss(model, inputs)
         if forwards and self._overridden_loss() is None:  # TRL's takes one
@@ -334,10 +387,16 @@ class MultiIterationMixin(OrderedMixin):
         return loss
 
     def _clipped_loss(
-        self, model: Any, inputs: dict[str, Any], rollouts: RolloutBuffer, index: int, iteration: int
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        forward_inputs: tuple[tuple[torch.Tensor, torch.Tensor, int], dict[str, Any]],
+        rollouts: RolloutBuffer,
+        step: int,
     ) -> torch.Tensor:
+        index = step % self.args.steps_per_generation
         mask = loss_mask(inputs)
-        per_token_logps, entropies, _ = self._forward(model, inputs, compute_entropy=True)
+        per_token_logps, entropies, _ = self._forward(model, forward_inputs, compute_entropy=True)
         old_per_token_logps = inputs.get("old_per_token_logps")
         if old_per_token_logps is None:  # the first pass: this policy is the old one
             old_per_token_logps = per_token_logps.detach()
@@ -368,7 +427,7 @@ class MultiIterationMixin(OrderedMixin):
             rollouts.left_out(index),
             rollouts.is_placeholder(index),
         )
-        self._pass_statistics.observe(statistics, iteration, replaces_trls=True)
+        self._pass_statistics.observe(statistics, rollouts.iteration(step), replaces_trls=True)
         self._loss_logps, self._has_own_statistics = per_token_logps.detach(), True
         return output.loss if divides_by_step else output.loss / accumulation
 
@@ -431,8 +490,20 @@ class MultiIterationMixin(OrderedMixin):
         if self.accelerator.sync_gradients:
             self._window_position = 0
             self._report_statistics()
+        self._report_fullness(rollouts, index)
         if index == self.args.steps_per_generation - 1:
             self._end_pass(iteration, step)
+
+    def _report_fullness(self, rollouts: RolloutBuffer, index: int) -> None:
+        """Behind the last micro-batch of an optimizer step: how full those were to which rows were dealt out."""
+        window = self._window_within_rollouts()
+        if not rollouts.is_arranged or window is None or (index + 1) % window != 0:
+            return
+        by_prompt = self._arranges_by_prompt(rollouts)
+        used = [place for place in range(index + 1 - window, index + 1) if not rollouts.is_placeholder(place)]
+        fullest = max((rollouts.num_tokens(place, by_prompt) for place in used), default=1)
+        compat.append_metric(self, "update/micro_batches_used", float(len(used)))
+        compat.append_metric(self, "update/tokens_of_fullest", float(fullest))
 
     def _observe_foreign_loss(self, inputs: dict[str, Any], policy_logps: torch.Tensor | None, iteration: int) -> None:
         mask = loss_mask(inputs)

@@ -38,6 +38,17 @@ def can_shorten(num_iterations: int, steps_per_generation: int, gradient_accumul
     return micro_batches - steps_per_generation > gradient_accumulation_steps
 
 
+def window_within_pass(steps_per_generation: int, gradient_accumulation_steps: int) -> int | None:
+    """Micro-batches of an optimizer step within a pass; `None` if passes and optimizer steps do not line up.
+
+    Arguments are those of [`can_stop`]. An optimizer step of several whole passes has all micro-batches of each.
+    """
+    if gradient_accumulation_steps % steps_per_generation == 0:
+        return steps_per_generation
+    lines_up = steps_per_generation % gradient_accumulation_steps == 0
+    return gradient_accumulation_steps if lines_up else None
+
+
 def exceeds_target(kl: float, tokens: float, target_kl: float) -> bool:
     """Whether the mean KL over tokens is above the target.
 

@@ -30,6 +30,9 @@ SETTINGS = {
 FULL, LORA, OFFLOADED = ("sgd", "sgd-kl", "sgd-vllm"), ("lora", "lora-kl"), ("adam", "adam-kl")
 
 
+KINDS_WITH_FEW_LIVE = ["dead", "dead", "live, and with a longer prompt"]
+
+
 def settings_of_runs(folder, policy, names, trainer, **options):
     packing = {} if trainer == "trl" else {"shared_prefix": "on"}
     return [
@@ -37,7 +40,7 @@ def settings_of_runs(folder, policy, names, trainer, **options):
             **SETTINGS[name],
             "options": {**SETTINGS[name]["options"], **packing, **options},
             # so few live groups that a process is without one now and then
-            "kinds": ["dead", "dead", "live, and with a longer prompt"],
+            "kinds": KINDS_WITH_FEW_LIVE,
             "policy": policy,
             "trainer": trainer,
             "output_dir": str(folder / trainer / name),
@@ -153,6 +156,42 @@ def test_bf16(policy, tmp_path, config, options, stage):
         ours = ran_on(tmp_path / "ext" / name)
         assert (ours["processes"], ours["wrapper"], ours["packs"]) == (2, "DeepSpeedEngine", True)
         assert (ours["sharding"]["stage"], ours["sharding"]["dtype"]) == (stage, "torch.bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "wrapper"),
+    [
+        ("ddp_cpu.yaml", {}, "DistributedDataParallel"),
+        ("ddp_cpu.yaml", {**CORRECTED, "beta": 0.04}, "DistributedDataParallel"),
+        ("zero3_cpu.yaml", {}, "DeepSpeedEngine"),
+        ("zero3_cpu.yaml", {"loss_type": "cispo"}, "DeepSpeedEngine"),
+    ],
+    ids=str,
+)
+def test_fuller_micro_batches(policy, tmp_path, config, options, wrapper):
+    """Processes fill as many micro-batches as their own rows need, and make the same calls."""
+    options = {"gradient_accumulation_steps": 4, "steps_per_generation": 4, **options}
+    ours = {"tokens_per_micro_batch": "auto", "shared_prefix": "on"}
+    noise = {"sampler_noise": 0.3} if "use_vllm" in options else {}
+    runs = runs_of_both(tmp_path, policy, options, ours=ours, kinds=KINDS_WITH_FEW_LIVE, **noise)
+    run_all(tmp_path, launcher("ddp_cpu.yaml"), runs[:1])
+    run_all(tmp_path, launcher(config), runs[1:])
+    check(tmp_path / "ext", tmp_path / "trl", 1e-5)
+    assert (ran_on(tmp_path / "ext")["processes"], ran_on(tmp_path / "ext")["wrapper"]) == (2, wrapper)
+    if wrapper == "DeepSpeedEngine":
+        assert ran_on(tmp_path / "ext")["sharding"]["stage"] == 3
+    calls = [[has_gradient for _, has_gradient in ran_on(tmp_path / "ext", rank)["forwards"]] for rank in (0, 1)]
+    assert calls[0] == calls[1]
+    full = [
+        [tokens > 1 for tokens, has_gradient in ran_on(tmp_path / "ext", rank)["forwards"] if has_gradient]
+        for rank in (0, 1)
+    ]
+    assert len(full[0]) == len(full[1]) == 4 * 4
+    used = [[sum(of_rank[start : start + 4]) for start in range(0, 16, 4)] for of_rank in full]
+    assert series(tmp_path / "ext", "update/micro_batches_used") == used[0]
+    assert 0 < max(used[0] + used[1]) < 4
+    if not options.get("beta"):  # there each row has a gradient
+        assert used[0] != used[1]
 
 
 @pytest.mark.parametrize("sampler", [{}, {"sampler_noise": 0.3}], ids=["policy", "vllm"])

@@ -162,10 +162,16 @@ class SharedPrefixMixin(OrderedMixin):
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         window = _shortest_sliding_window(_language_model(self._unwrapped(model)).config)
         rows_at_once = batch_size or input_ids.size(0)
-        parts = [
-            (ids, packed_layout(ids, mask, num_completion_tokens))
-            for ids, mask in zip(input_ids.split(rows_at_once), attention_mask.split(rows_at_once), strict=True)
-        ]
+        rollouts = compat.buffered_micro_batches(self)
+        splits = rows_at_once < input_ids.size(0)
+        known = rollouts.layout_of(input_ids) if isinstance(rollouts, RolloutBuffer) and not splits else None
+        if known is not None and known.shape == (*input_ids.shape, num_completion_tokens):
+            parts = [(input_ids, known)]
+        else:
+            parts = [
+                (ids, packed_layout(ids, mask, num_completion_tokens))
+                for ids, mask in zip(input_ids.split(rows_at_once), attention_mask.split(rows_at_once), strict=True)
+            ]
         longest = max(layout.longest_sequence for _, layout in parts)
         if window is not None and longest > window:
             raise LayoutError(f"the sliding window of {window} tokens is shorter than the longest row, {longest}")
