@@ -40,7 +40,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -369,14 +369,9 @@ def sides_of(args: BenchArguments) -> dict[str, Side]:
         "flash_attention_2": is_half and generation >= 8 and is_flash_attn_2_available(),
         "flash_attention_3": is_half and generation == 9 and is_flash_attn_3_available(),
     }
-    settings = {item.name for item in fields(GRPOExtConfig)}
     return {
         **{name: side for name, side in TRL_ON_GPUS.items() if can_be_had[side.attn_implementation]},
-        **{
-            name: side
-            for name, side in {**SIDES, **OURS_ON_GPUS}.items()
-            if is_ours(name) and side.options.keys() <= settings
-        },
+        **{name: side for name, side in {**SIDES, **OURS_ON_GPUS}.items() if is_ours(name)},
     }
 
 

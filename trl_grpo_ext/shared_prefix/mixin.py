@@ -161,17 +161,7 @@ class SharedPrefixMixin(OrderedMixin):
         compute_entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         window = _shortest_sliding_window(_language_model(self._unwrapped(model)).config)
-        rows_at_once = batch_size or input_ids.size(0)
-        rollouts = compat.buffered_micro_batches(self)
-        splits = rows_at_once < input_ids.size(0)
-        known = rollouts.layout_of(input_ids) if isinstance(rollouts, RolloutBuffer) and not splits else None
-        if known is not None and known.shape == (*input_ids.shape, num_completion_tokens):
-            parts = [(input_ids, known)]
-        else:
-            parts = [
-                (ids, packed_layout(ids, mask, num_completion_tokens))
-                for ids, mask in zip(input_ids.split(rows_at_once), attention_mask.split(rows_at_once), strict=True)
-            ]
+        parts = self._laid_out(input_ids, attention_mask, num_completion_tokens, batch_size)
         longest = max(layout.longest_sequence for _, layout in parts)
         if window is not None and longest > window:
             raise LayoutError(f"the sliding window of {window} tokens is shorter than the longest row, {longest}")
@@ -183,6 +173,21 @@ class SharedPrefixMixin(OrderedMixin):
             if compute_entropy:
                 entropies.append(layout.unpack(per_token.entropy[0]))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+    def _laid_out(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_completion_tokens: int, batch_size: int | None
+    ) -> list[tuple[torch.Tensor, PackedLayout]]:
+        """The rows that are packed together and their layout: of a micro-batch of rollouts, as it was made before."""
+        rollouts = compat.buffered_micro_batches(self)
+        rows_at_once = batch_size or input_ids.size(0)
+        if isinstance(rollouts, RolloutBuffer) and rows_at_once >= input_ids.size(0):
+            known = rollouts.layout_of(input_ids)
+            if known is not None and known.shape == (*input_ids.shape, num_completion_tokens):
+                return [(input_ids, known)]
+        return [
+            (ids, packed_layout(ids, mask, num_completion_tokens))
+            for ids, mask in zip(input_ids.split(rows_at_once), attention_mask.split(rows_at_once), strict=True)
+        ]
 
     def _forward_of_packed_row(self, model: Any, input_ids: torch.Tensor, layout: PackedLayout) -> Any:
         """What TRL's fused LM head returns for the scored places of a packed row; nothing here waits for a GPU."""
