@@ -13,6 +13,7 @@ Devices differ by the [`Kernel`] alone. To autograd and to `torch.compile` all o
 
 import functools
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -142,9 +143,9 @@ def _of_key_heads(gradient: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     return gradient.unflatten(1, (states.size(1), -1)).sum(2).to(states.dtype)
 
 
-# Sequences of at least this share of the longest are padded and computed in one call, and where that is short of a
-# smaller one: a call then costs more than what it computes.
-SIMILAR_LENGTH, SHORT_TOKENS, SIMILAR_LENGTH_OF_SHORT = 0.8, 64, 0.5
+# Sequences are padded and computed in one call where they are short, because a call then costs more than what it
+# computes: those of at least this share of the longest, by the most tokens that the longest has.
+SIMILAR_LENGTH = {64: 0.5, 128: 0.8}
 
 
 class CpuKernel:
@@ -251,15 +252,14 @@ Places = slice | SideBySide
 def _side_by_side(ends: tuple[int, ...]) -> list[Places]:
     """Sequences, by their cumulative lengths, or several of similar length."""
     batches: list[list[slice]] = []
-    longest = 0
+    shortest = 0.0  # of those that go with the last batch
     for begin, end in sorted(pairwise(ends), key=lambda sequence: sequence[0] - sequence[1]):
         length = end - begin
-        share = SIMILAR_LENGTH_OF_SHORT if longest <= SHORT_TOKENS else SIMILAR_LENGTH
-        if batches and length >= share * longest:
+        if batches and length >= shortest:
             batches[-1].append(slice(begin, end))
         else:
             batches.append([slice(begin, end)])
-            longest = length
+            shortest = length * next((share for most, share in SIMILAR_LENGTH.items() if length <= most), math.inf)
     return [batch[0] if len(batch) == 1 else SideBySide(batch) for batch in batches]
 
 
