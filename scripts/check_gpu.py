@@ -150,10 +150,11 @@ def read_bench(file: Path) -> Outcome:
     for name, result in workloads.items():
         first, trainers = result["headline"], result["trainers"]
         memory = trainers["ours"]["peak_memory_gb"] / trainers[first["against"]]["peak_memory_gb"]
+        share = "unknown" if result["attention_share"] is None else f"{result['attention_share']:.0%}"
         ratio = "gradients differ" if first["ratio"] is None else f"{first['ratio']:.2f} times as fast"
         lines.append(
             f"{name}: against {first['against']} {ratio}; {first['over_the_limit']:.2f} of the limit; "
-            f"attention {result['attention_share']:.0%}; memory {memory:.2f}"
+            f"attention {share}; memory {memory:.2f}"
         )
         figures[name] = {**first, "attention_share": result["attention_share"], "memory": memory, "trainers": trainers}
     return Outcome(lines=lines, figures=figures)

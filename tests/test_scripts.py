@@ -390,7 +390,7 @@ def test_bench_update_knows_kernels_of_attention():
     ]
     bench = load("bench_update.py")
     assert bench.share_of_attention(kernels) == pytest.approx(0.3)
-    assert bench.share_of_attention([]) == 0
+    assert bench.share_of_attention([]) is None
 
 
 def test_bench_update_compares_nothing_where_gradients_differ(bench, monkeypatch, capsys):
@@ -437,6 +437,24 @@ def test_bench_update_refuses(bench):
     for noise in ("-1", "nan", "inf"):
         with pytest.raises(ValueError, match=f"--sampler_noise must be a number of nats, 0 or more, got {noise}"):
             bench.main(["--sampler_noise", noise])
+
+
+def test_bench_update_goes_on_where_a_workload_is_too_large(bench, monkeypatch, tmp_path, capsys):
+    def measure(args, name, progress):
+        if name == "long-prompt":
+            raise torch.cuda.OutOfMemoryError
+        trainers = {
+            side: {"seconds": [1.0], "tokens_computed": 1, "peak_memory_gb": 1.0, "gradient_difference": 0.0}
+            | {"update_difference": 0.0}
+            for side in bench.SIDES
+        }
+        return {"trainers": trainers, "limit_seconds": {}}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    file = tmp_path / "bench.json"
+    assert bench.main(["--output_file", str(file), "--workloads", "gsm8k", "long-prompt", "ragged"]) == 1
+    assert "error: long-prompt" in capsys.readouterr().err
+    assert list(json.loads(file.read_text())["workloads"]) == ["gsm8k", "ragged"]
 
 
 def test_bench_update_measures_memory(bench, capsys):
@@ -592,12 +610,13 @@ def test_check_gpu_reads_what_the_benchmark_leaves(check_gpu, tmp_path):
     trainers = {"trl, sdpa": {"peak_memory_gb": 8.0}, "ours": {"peak_memory_gb": 2.0}}
     first = {"against": "trl, sdpa", "ratio": 2.5, "over_the_limit": 1.1}
     workload = {"headline": first, "attention_share": 0.09, "trainers": trainers}
-    wrong = {**workload, "headline": {**first, "ratio": None}}
+    wrong = {**workload, "headline": {**first, "ratio": None}, "attention_share": None}
     file.write_text(json.dumps({"workloads": {"gsm8k": workload, "ragged": wrong}}))
     outcome = check_gpu.read_bench(file)
     assert "2.50 times" in outcome.lines[0]
     assert "attention 9%" in outcome.lines[0]
     assert "gradients differ" in outcome.lines[1]
+    assert "attention unknown" in outcome.lines[1]
     assert outcome.figures["gsm8k"]["memory"] == 0.25
     assert outcome.figures["gsm8k"]["over_the_limit"] == 1.1
 
