@@ -71,6 +71,7 @@ DEMO_GAIN = 0.3
 LIMITS_S = {"tests": 390, "update, qwen2.5-0.5b": 240, "update, qwen2.5-1.5b": 390, "demo": 170}
 SECONDS_FOR_EVALUATIONS = 1800  # at both ends of a training, and for loading
 SECONDS_FOR_THE_REST = 10  # of what a part has said, once it has ended
+LONGEST_REASON_CHARS = 300
 CURVE_COLUMNS = ("step", "reward", "rewards/correctness_reward_func/mean", "completions/mean_length")
 
 
@@ -120,15 +121,15 @@ class Part:
 
 
 def read_tests(file: Path) -> Outcome:
-    """Counts of a JUnit file of pytest, and which tests have failed, or were left out and why."""
+    """Counts of a JUnit file of pytest, and which tests have failed, or were left out, each with why."""
     (suite,) = ElementTree.parse(file).getroot().iter("testsuite")
     counts = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
     passed = counts.pop("tests") - sum(counts.values())
-    failed: list[str] = []
+    failed: dict[str, str] = {}
     reasons: dict[str, int] = {}
     for case in suite.iter("testcase"):
-        if case.find("failure") is not None or case.find("error") is not None:
-            failed.append(str(case.get("name")))
+        for wrong in (*case.findall("failure"), *case.findall("error")):
+            failed[str(case.get("name"))] = one_line(wrong.get("message"))[:LONGEST_REASON_CHARS]
         if (skipped := case.find("skipped")) is not None:
             reason = str(skipped.get("message"))
             reasons[reason] = reasons.get(reason, 0) + 1
@@ -136,7 +137,7 @@ def read_tests(file: Path) -> Outcome:
         problem=None if passed or failed else "no test has run",
         lines=[
             ", ".join(f"{count} {name}" for name, count in {"passed": passed, **counts}.items() if count),
-            *(f"failed: {name}" for name in failed),
+            *(f"failed: {name}: {reason}" for name, reason in failed.items()),
             *(f"skipped, {count}: {reason}" for reason, count in reasons.items()),
         ],
         figures={"passed": passed, **counts, "failed_tests": failed, "reasons_of_skips": reasons},

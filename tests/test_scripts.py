@@ -597,7 +597,7 @@ def test_check_gpu_reads_what_pytest_leaves(check_gpu, tmp_path):
         "failures": 1,
         "errors": 0,
         "skipped": 1,
-        "failed_tests": ["test_fails"],
+        "failed_tests": {"test_fails": "assert False"},
         "reasons_of_skips": {"nothing to look at": 1},
     }
     assert outcome.problem is None  # the exit status says it
