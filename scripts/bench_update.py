@@ -318,7 +318,7 @@ class AttentionShare(TrainerCallback):
     """What share of the time of a GPU's kernels is attention, while it trains."""
 
     def __init__(self) -> None:
-        self.value = 0.0
+        self.value: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._profile = profile(activities=[ProfilerActivity.CUDA])
@@ -334,14 +334,17 @@ class AttentionShare(TrainerCallback):
         )
 
 
-def share_of_attention(kernels: Iterable[tuple[str, float]]) -> float:
-    """The share of attention in the time of all kernels, which come with their names and times; 0 if there is none."""
+def share_of_attention(kernels: Iterable[tuple[str, float]]) -> float | None:
+    """The share of attention in the time of all kernels, which come with their names and times.
+
+    `None` where no kernel was seen: there are machines on which a profiler may not look at a GPU.
+    """
     of_attention = total = 0.0
     for name, time_taken in kernels:
         total += time_taken
         if any(part in name.lower() for part in ATTENTION_KERNELS):
             of_attention += time_taken
-    return of_attention / total if total else 0.0
+    return of_attention / total if total else None
 
 
 @dataclass
@@ -749,7 +752,8 @@ def print_table(args: BenchArguments, results: dict[str, dict[str, Any]]) -> boo
             first = result["headline"]
             ratio = "gradients differ" if first["ratio"] is None else f"{first['ratio']:.2f} times as fast"
             share = result["attention_share"]
-            print(f"{name}: against {first['against']} {ratio}; {share:.0%} of the GPU's time is attention")
+            of_attention = "unknown" if share is None else f"{share:.0%}"
+            print(f"{name}: against {first['against']} {ratio}; attention's share of the GPU's time: {of_attention}")
     return all_agree
 
 
@@ -786,15 +790,22 @@ def main(argv: list[str]) -> int:
     if args.memory_of is not None:
         print_peak_memory(args)
         return 0
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
+    too_large = []
     with tqdm(total=len(args.workloads) * len(sides_of(args)) * (args.repeats + 1), unit="run") as progress:
         for name in args.workloads:
-            results[name] = measure(args, name, progress)
+            try:
+                results[name] = measure(args, name, progress)
+            except torch.cuda.OutOfMemoryError:
+                too_large.append(name)
             write_results(args, results)  # what is there by now stays, whatever becomes of the others
     all_agree = print_table(args, results)
     if not all_agree:
         print("error: the gradients differ, so there is nothing to compare", file=sys.stderr)
-    return 0 if all_agree else 1
+    if too_large:
+        names = ", ".join(too_large)
+        print(f"error: {names}: too large for the memory of this GPU; choose a smaller --model", file=sys.stderr)
+    return 0 if all_agree and not too_large else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Check this package on an NVIDIA GPU, or train a model on it. `check_gpu.sh` starts it.
 
     bash scripts/check_gpu.sh                                         # tests, benchmark, demo: 20 minutes at most
+    bash scripts/check_gpu.sh --parts tests demo                      # some of it
     bash scripts/check_gpu.sh --train path/to/model path/to/gsm8k     # 15 minutes of training on GSM8K
     bash scripts/check_gpu.sh --train SmolLM2.gguf path/to/gsm8k --minutes 5 -- --learning_rate 1e-5
 
@@ -15,7 +16,8 @@ or a GGUF file, of which `export_smollm2.py` makes one; DATA a folder with GSM8K
 Options behind `--` are the recipe's. Model, `summary.json` and the curve of the rewards go to `--output_dir`.
 
 Each part is a process with a time limit, and what fails does not keep the others from running. A table and a JSON file
-(`--output_file`) say how it went. Exit status: 0 all has passed, 1 something has not, 2 wrong arguments, or no GPU.
+(`--output_file`) say how it went. Exit status: 0 all has passed, 1 something has not, 2 wrong arguments, no GPU, or no
+place for the file.
 """
 
 import argparse
@@ -41,6 +43,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from trl_grpo_ext.exits import one_line
+
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "gsm8k.py"
@@ -58,11 +62,16 @@ TRAINING = {
     "save_strategy": "no",
 }
 
+# Settings of a machine that change what is computed, or whether it is compiled
+LEFT_OUT = ("TORCHDYNAMO_DISABLE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+
 # The demo gains 60 points on a CPU, with other random numbers.
 DEMO_GAIN = 0.3
 
 LIMITS_S = {"tests": 390, "update, qwen2.5-0.5b": 240, "update, qwen2.5-1.5b": 390, "demo": 170}
 SECONDS_FOR_EVALUATIONS = 1800  # at both ends of a training, and for loading
+SECONDS_FOR_THE_REST = 10  # of what a part has said, once it has ended
+LONGEST_REASON_CHARS = 300
 CURVE_COLUMNS = ("step", "reward", "rewards/correctness_reward_func/mean", "completions/mean_length")
 
 
@@ -112,15 +121,15 @@ class Part:
 
 
 def read_tests(file: Path) -> Outcome:
-    """Counts of a JUnit file of pytest, and which tests have failed, or were left out and why."""
+    """Counts of a JUnit file of pytest, and which tests have failed, or were left out, each with why."""
     (suite,) = ElementTree.parse(file).getroot().iter("testsuite")
     counts = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
     passed = counts.pop("tests") - sum(counts.values())
-    failed: list[str] = []
+    failed: dict[str, str] = {}
     reasons: dict[str, int] = {}
     for case in suite.iter("testcase"):
-        if case.find("failure") is not None or case.find("error") is not None:
-            failed.append(str(case.get("name")))
+        for wrong in (*case.findall("failure"), *case.findall("error")):
+            failed[str(case.get("name"))] = one_line(wrong.get("message"))[:LONGEST_REASON_CHARS]
         if (skipped := case.find("skipped")) is not None:
             reason = str(skipped.get("message"))
             reasons[reason] = reasons.get(reason, 0) + 1
@@ -128,7 +137,7 @@ def read_tests(file: Path) -> Outcome:
         problem=None if passed or failed else "no test has run",
         lines=[
             ", ".join(f"{count} {name}" for name, count in {"passed": passed, **counts}.items() if count),
-            *(f"failed: {name}" for name in failed),
+            *(f"failed: {name}: {reason}" for name, reason in failed.items()),
             *(f"skipped, {count}: {reason}" for reason, count in reasons.items()),
         ],
         figures={"passed": passed, **counts, "failed_tests": failed, "reasons_of_skips": reasons},
@@ -142,10 +151,11 @@ def read_bench(file: Path) -> Outcome:
     for name, result in workloads.items():
         first, trainers = result["headline"], result["trainers"]
         memory = trainers["ours"]["peak_memory_gb"] / trainers[first["against"]]["peak_memory_gb"]
+        share = "unknown" if result["attention_share"] is None else f"{result['attention_share']:.0%}"
         ratio = "gradients differ" if first["ratio"] is None else f"{first['ratio']:.2f} times as fast"
         lines.append(
             f"{name}: against {first['against']} {ratio}; {first['over_the_limit']:.2f} of the limit; "
-            f"attention {result['attention_share']:.0%}; memory {memory:.2f}"
+            f"attention {share}; memory {memory:.2f}"
         )
         figures[name] = {**first, "attention_share": result["attention_share"], "memory": memory, "trainers": trainers}
     return Outcome(lines=lines, figures=figures)
@@ -299,8 +309,10 @@ def run(part: Part) -> Outcome:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        reader.join()
-        process.stdout.close()
+        # What has gone to a session of its own, as torch's compilers do, may keep the output open for a while.
+        reader.join(SECONDS_FOR_THE_REST)
+        if not reader.is_alive():
+            process.stdout.close()
     try:
         outcome = part.read()
     except (OSError, ValueError, KeyError, ElementTree.ParseError) as error:
@@ -327,14 +339,31 @@ def show_all(stream: int, last: "deque[bytes]") -> None:
 def environment() -> dict[str, str]:
     """Of the processes: this package, one GPU, and no network."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    inherited = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    inherited = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
     return {
         **inherited,
         "PYTHONPATH": path,
         "CUDA_VISIBLE_DEVICES": first_gpu(),
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever a machine has; the tests here need none
     }
+
+
+def as_installed(path: str, folder: Path) -> str:
+    """`PYTHONPATH` with a link in `folder` in place of each entry whose name does not say that it has packages.
+
+    dill, by which datasets tells data sets apart, takes the modules of another folder for a user's own code, and fails
+    at writing them out.
+    """
+    entries = []
+    for number, entry in enumerate(filter(None, path.split(os.pathsep))):
+        if "site-packages" not in entry and Path(entry).is_dir() and Path(entry).resolve() != ROOT:
+            link = folder / f"site-packages-{number}"
+            link.symlink_to(Path(entry).resolve())
+            entry = str(link)
+        entries.append(entry)
+    return os.pathsep.join(entries)
 
 
 def first_gpu() -> str:
@@ -351,17 +380,18 @@ def why_no_gpu() -> str | None:
     remedy = "run this on a machine with one, with a torch that is built for CUDA"
     try:
         import torch
-    except ImportError as error:
+    except (ImportError, OSError, ValueError) as error:  # its libraries may be missing, too
         if has_driver:
-            return f"{sys.executable} has no torch ({error}): name a Python that has one with PYTHON=..."
+            return f"{sys.executable} has no torch ({one_line(error)}): name a Python that has one with PYTHON=..."
         return f"there is no NVIDIA GPU here: {remedy}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of drivers that do not answer
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")  # of drivers that do not answer, or are too old
         if torch.cuda.is_available():
             return None
     if has_driver and torch.version.cuda is None:
         return f"torch {torch.__version__} is not built for CUDA: name a Python with another one with PYTHON=..."
-    return f"torch {torch.__version__} sees no NVIDIA GPU here: {remedy}"
+    said = f" ({one_line(warned[0].message)})" if warned else ""
+    return f"torch {torch.__version__} sees no NVIDIA GPU here{said}: {remedy}"
 
 
 def machine() -> dict[str, Any]:
@@ -443,10 +473,15 @@ def print_table(title: str, outcomes: dict[str, Outcome]) -> None:
 
 
 def check(parts: Sequence[Part], machine: dict[str, Any], output_file: Path) -> bool:
-    """Run the parts, write the file after each of them and the table behind the last; whether all have passed."""
+    """Run the parts, write the file after each of them and the table behind the last; whether all have passed.
+
+    Raises:
+        OSError: If the file cannot be written, before any part is run.
+    """
     began = time.perf_counter()
     outcomes: dict[str, Outcome] = {}
     output_file.parent.mkdir(parents=True, exist_ok=True)
+    output_file.open("a").close()  # or raise before it takes 20 minutes
     for part in parts:
         outcomes[part.name] = run(part)
         report = report_of(machine, outcomes, time.perf_counter() - began)
@@ -471,6 +506,13 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         metavar=("MODEL", "DATA"),
         help="train a model, a folder or a GGUF file, on a folder with GSM8K's train.jsonl and a test*.jsonl",
     )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=list(LIMITS_S),
+        metavar="PART",
+        help=f"check these alone, of: {', '.join(map(repr, LIMITS_S))} (default: all)",
+    )
     parser.add_argument("--minutes", type=float, help="how long to train (default: 15)")
     parser.add_argument("--output_dir", type=Path, help="of the training (default: outputs/gpu)")
     parser.add_argument(
@@ -484,6 +526,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         for name, value in (("--minutes", args.minutes), ("--output_dir", args.output_dir), ("--", options)):
             if value:
                 parser.error(f"{name} is for --train MODEL DATA, which is not given")
+    elif args.parts:
+        parser.error("--parts is for a check, and --train is given: leave one of them out")
     args.minutes = 15.0 if args.minutes is None else args.minutes
     if not args.minutes > 0:
         parser.error(f"--minutes must be above 0, got {args.minutes}")
@@ -499,8 +543,11 @@ def main(argv: Sequence[str]) -> int:
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # parts are ended too
     with tempfile.TemporaryDirectory(prefix="check-gpu-") as scratch:
+        os.environ["TMPDIR"] = scratch  # what is ended at its limit does not clean up
+        os.environ["PYTHONPATH"] = as_installed(os.environ.get("PYTHONPATH", ""), Path(scratch))
         if args.train is None:
             parts = parts_of_check(sys.executable, Path(scratch))
+            parts = [part for part in parts if not args.parts or part.name in args.parts]
         else:
             model, data = args.train
             try:
@@ -508,7 +555,11 @@ def main(argv: Sequence[str]) -> int:
             except ValueError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 2
-        return 0 if check(parts, machine(), args.output_file) else 1
+        try:
+            return 0 if check(parts, machine(), args.output_file) else 1
+        except OSError as error:
+            print(f"error: --output_file: {error}; name a file that can be written", file=sys.stderr)
+            return 2
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
@@ -389,7 +390,7 @@ def test_bench_update_knows_kernels_of_attention():
     ]
     bench = load("bench_update.py")
     assert bench.share_of_attention(kernels) == pytest.approx(0.3)
-    assert bench.share_of_attention([]) == 0
+    assert bench.share_of_attention([]) is None
 
 
 def test_bench_update_compares_nothing_where_gradients_differ(bench, monkeypatch, capsys):
@@ -436,6 +437,24 @@ def test_bench_update_refuses(bench):
     for noise in ("-1", "nan", "inf"):
         with pytest.raises(ValueError, match=f"--sampler_noise must be a number of nats, 0 or more, got {noise}"):
             bench.main(["--sampler_noise", noise])
+
+
+def test_bench_update_goes_on_where_a_workload_is_too_large(bench, monkeypatch, tmp_path, capsys):
+    def measure(args, name, progress):
+        if name == "long-prompt":
+            raise torch.cuda.OutOfMemoryError
+        trainers = {
+            side: {"seconds": [1.0], "tokens_computed": 1, "peak_memory_gb": 1.0, "gradient_difference": 0.0}
+            | {"update_difference": 0.0}
+            for side in bench.SIDES
+        }
+        return {"trainers": trainers, "limit_seconds": {}}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    file = tmp_path / "bench.json"
+    assert bench.main(["--output_file", str(file), "--workloads", "gsm8k", "long-prompt", "ragged"]) == 1
+    assert "error: long-prompt" in capsys.readouterr().err
+    assert list(json.loads(file.read_text())["workloads"]) == ["gsm8k", "ragged"]
 
 
 def test_bench_update_measures_memory(bench, capsys):
@@ -490,6 +509,8 @@ def test_check_gpu_without_torch(tmp_path):
         (["--", "--beta", "0.1"], "-- is for --train"),
         (["--train", "model", "data", "--minutes", "-1"], "--minutes must be above 0, got -1.0"),
         (["--train", "model"], "--train: expected 2 arguments"),
+        (["--train", "model", "data", "--parts", "demo"], "--parts is for a check"),
+        (["--parts", "all"], "argument --parts: invalid choice: 'all'"),
     ],
 )
 def test_check_gpu_refuses(check_gpu, capsys, arguments, message):
@@ -576,7 +597,7 @@ def test_check_gpu_reads_what_pytest_leaves(check_gpu, tmp_path):
         "failures": 1,
         "errors": 0,
         "skipped": 1,
-        "failed_tests": ["test_fails"],
+        "failed_tests": {"test_fails": "assert False"},
         "reasons_of_skips": {"nothing to look at": 1},
     }
     assert outcome.problem is None  # the exit status says it
@@ -589,12 +610,13 @@ def test_check_gpu_reads_what_the_benchmark_leaves(check_gpu, tmp_path):
     trainers = {"trl, sdpa": {"peak_memory_gb": 8.0}, "ours": {"peak_memory_gb": 2.0}}
     first = {"against": "trl, sdpa", "ratio": 2.5, "over_the_limit": 1.1}
     workload = {"headline": first, "attention_share": 0.09, "trainers": trainers}
-    wrong = {**workload, "headline": {**first, "ratio": None}}
+    wrong = {**workload, "headline": {**first, "ratio": None}, "attention_share": None}
     file.write_text(json.dumps({"workloads": {"gsm8k": workload, "ragged": wrong}}))
     outcome = check_gpu.read_bench(file)
     assert "2.50 times" in outcome.lines[0]
     assert "attention 9%" in outcome.lines[0]
     assert "gradients differ" in outcome.lines[1]
+    assert "attention unknown" in outcome.lines[1]
     assert outcome.figures["gsm8k"]["memory"] == 0.25
     assert outcome.figures["gsm8k"]["over_the_limit"] == 1.1
 
@@ -618,6 +640,51 @@ def test_check_gpu_has_twenty_minutes(check_gpu, tmp_path):
     parts = check_gpu.parts_of_check("python", tmp_path)
     assert [part.name for part in parts] == list(check_gpu.LIMITS_S)
     assert sum(part.limit_s for part in parts) < 20 * 60
+
+
+def pretend_there_is_a_gpu(check_gpu, monkeypatch, parts):
+    for name in ("TMPDIR", "PYTHONPATH", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # as they were, after the test
+    monkeypatch.setattr(check_gpu, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(check_gpu, "machine", lambda: MACHINE)
+    monkeypatch.setattr(check_gpu, "parts_of_check", lambda python, scratch: parts)
+    monkeypatch.setattr(check_gpu.signal, "signal", lambda *_: None)
+
+
+def test_check_gpu_runs_the_parts_that_are_named(check_gpu, monkeypatch, tmp_path):
+    parts = [
+        check_gpu.Part(name, [sys.executable, "-c", ""], 60, check_gpu.Outcome) for name in ("tests", "demo", "more")
+    ]
+    pretend_there_is_a_gpu(check_gpu, monkeypatch, parts)
+    file = tmp_path / "check.json"
+    assert check_gpu.main(["--output_file", str(file), "--parts", "demo", "tests"]) == 0
+    assert list(json.loads(file.read_text())["parts"]) == ["tests", "demo"]
+
+
+def test_check_gpu_wants_a_place_for_its_file_first(check_gpu, monkeypatch, tmp_path, capsys):
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w')"
+    part = check_gpu.Part("tests", [sys.executable, "-c", code], 60, check_gpu.Outcome)
+    pretend_there_is_a_gpu(check_gpu, monkeypatch, [part])
+    assert check_gpu.main(["--output_file", str(tmp_path)]) == 2  # a folder
+    assert "--output_file" in capsys.readouterr().err
+    assert not ran.exists()
+
+
+def test_check_gpu_takes_unpacked_packages_for_installed_ones(check_gpu, monkeypatch, tmp_path):
+    """datasets can tell data sets apart, which it does by writing out the modules that it takes for a user's own."""
+    packages = tmp_path / "wheels"
+    packages.mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if entry.suffix != ".pth":
+            (packages / entry.name).symlink_to(entry)
+    code = "import datasets; datasets.Dataset.from_dict({'prompt': ['a']}); print(datasets.__file__)"
+    path = check_gpu.as_installed(os.pathsep.join([str(packages), str(check_gpu.ROOT)]), tmp_path)
+    assert path.endswith(f"{os.pathsep}{check_gpu.ROOT}")
+    # `-S`: as a Python that has none of them
+    result = run_to_the_end([sys.executable, "-S", "-c", code], 120, tmp_path, {**os.environ, "PYTHONPATH": path})
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.startswith(str(tmp_path))
 
 
 @pytest.fixture

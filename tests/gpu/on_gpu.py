@@ -3,6 +3,9 @@
 They import nothing that a checkout with unpacked wheels may lack: `scripts/check_gpu.sh` runs them there.
 """
 
+import os
+import shutil
+
 import pytest
 import torch
 from canned import canned_config, canned_prompts, canned_reward, relative_difference
@@ -18,6 +21,11 @@ ON_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU here"),
 ]
+# Triton has the host's part of its kernels compiled.
+NEEDS_COMPILER = pytest.mark.skipif(
+    not any(shutil.which(os.environ.get("CC", name)) for name in ("gcc", "clang")),
+    reason="torch.compile needs gcc or clang, and neither is installed",
+)
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of both trainers: in which class, and with which options
 TRL, OURS = (GRPOTrainer, GRPOConfig, {}), (GRPOExtTrainer, GRPOExtConfig, {"shared_prefix": "on"})
@@ -131,7 +139,8 @@ def assert_no_worse(found, padded, exact, factor=2.0):
 
 
 __all__ = [
-    *("DEVICE", "HALF", "ON_GPU", "OURS", "TRL", "assert_no_worse", "config_of", "errors", "has_flash_attention"),
+    *("DEVICE", "HALF", "NEEDS_COMPILER", "ON_GPU", "OURS", "TRL", "assert_no_worse", "config_of", "errors"),
+    "has_flash_attention",
     *("logps_and_gradient", "logps_by_row", "make_model", "make_rows", "make_trainer", "of_trainer", "save_policy"),
     "relative_difference",
 ]

@@ -7,6 +7,7 @@ import torch
 from on_gpu import (
     DEVICE,
     HALF,
+    NEEDS_COMPILER,
     ON_GPU,
     OURS,
     TRL,
@@ -63,7 +64,10 @@ def test_autocast(tmp_path):
     assert_no_worse(of_trainer(packed, *rows), of_trainer(padded, *rows), expected)
 
 
-@pytest.mark.parametrize("name", ["sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"])
+@pytest.mark.parametrize(
+    "name",
+    ["sdpa", pytest.param("flex_attention", marks=NEEDS_COMPILER), "flash_attention_2", "flash_attention_3"],
+)
 def test_attention_implementations(name, tmp_path):
     """Each that is there packs, and rounds no more than TRL's trainer with the same one."""
     if name == "flash_attention_2" and not (is_flash_attn_2_available() and has_flash_attention()):

@@ -8,7 +8,19 @@ import pytest
 import torch
 from canned import relative_difference, train_canned
 from launch import ROOT, ran_on, run_canned
-from on_gpu import DEVICE, ON_GPU, OURS, TRL, config_of, make_model, make_rows, make_trainer, of_trainer, save_policy
+from on_gpu import (
+    DEVICE,
+    NEEDS_COMPILER,
+    ON_GPU,
+    OURS,
+    TRL,
+    config_of,
+    make_model,
+    make_rows,
+    make_trainer,
+    of_trainer,
+    save_policy,
+)
 
 from trl_grpo_ext import GRPOExtTrainer
 
@@ -98,6 +110,7 @@ def compiled(monkeypatch):
     return {"torch_compile": True, "bf16": True}
 
 
+@NEEDS_COMPILER
 def test_a_compiled_model_trains_as_one_that_is_not(compiled, policy, tmp_path):
     expected = train(OURS, policy, tmp_path, bf16=True, max_steps=2)
     found = train(OURS, policy, tmp_path, **compiled, max_steps=2)
@@ -110,6 +123,7 @@ def test_a_compiled_model_trains_as_one_that_is_not(compiled, policy, tmp_path):
     assert relative_difference(weights, expected.weights, start) < 0.05
 
 
+@NEEDS_COMPILER
 def test_new_shapes_are_not_compiled_again(compiled, tmp_path):
     """Ten micro-batches of other numbers of prompts, completions and tokens: compiled for the first few, at most."""
     from torch._dynamo.utils import counters
