@@ -534,7 +534,8 @@ def test_another_attention_is_seen_at_any_time(tmp_path, caplog):
     assert tokens_computed(trainer) < make_rows()[0].numel()
 
 
-def test_an_attention_that_others_register_is_wrapped_too(tmp_path):
+@pytest.mark.parametrize("registers", [True, False])
+def test_an_attention_that_others_set_is_wrapped_too(registers, tmp_path):
     """Under the same name, when rows are packed already: packed rows go on, and padded ones take the new function."""
     trainer = make_trainer(make_model(FAMILIES["qwen2"]), tmp_path, shared_prefix="on")
     expected = logps_and_gradients(trainer)
@@ -545,7 +546,10 @@ def test_an_attention_that_others_register_is_wrapped_too(tmp_path):
         calls.append(module)
         return before(module, *args, **kwargs)
 
-    AttentionInterface.register("sdpa", theirs)
+    if registers:
+        AttentionInterface.register("sdpa", theirs)
+    else:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = theirs
     try:
         assert_close(logps_and_gradients(trainer), expected)
         assert not calls
@@ -553,6 +557,8 @@ def test_an_attention_that_others_register_is_wrapped_too(tmp_path):
         assert len(calls) == trainer.model.config.num_hidden_layers
     finally:
         AttentionInterface.register("sdpa", before)
+        if not registers:
+            del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def test_a_teacher_is_computed_from_padded_rows(tmp_path):
