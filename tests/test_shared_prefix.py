@@ -24,6 +24,7 @@ from transformers import (
     Lfm2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -38,6 +39,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
+from trl_grpo_ext import compat
 from trl_grpo_ext.config import GRPOExtConfig
 from trl_grpo_ext.shared_prefix import SharedPrefixMixin, attention, kernels, mixin
 from trl_grpo_ext.shared_prefix.attention import Segments
@@ -326,6 +328,7 @@ def test_falls_back_and_trains_the_same(config, reason, tmp_path, caplog):
         (Gemma2Config(**SHAPE, head_dim=8), "eager", "attn_implementation is 'eager'"),
         (Gemma2Config(**SHAPE, head_dim=8), "sdpa", "attention scores are soft-capped"),
         (GptOssConfig(**SHAPE, head_dim=8, num_local_experts=2), "sdpa", "attention sinks"),
+        (MixtralConfig(**SHAPE, num_local_experts=2, output_router_logits=True), "sdpa", "MoE auxiliary loss"),
     ],
 )
 def test_obstacles(config, attn_implementation, reason):
@@ -339,6 +342,16 @@ def test_prompt_learning_is_an_obstacle():
     adapter = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     assert "PREFIX_TUNING" in find_obstacle(get_peft_model(model, adapter))
     assert find_obstacle(make_model(FAMILIES["llama"])) is None
+
+
+def test_an_activated_lora_is_an_obstacle():
+    """It works from its invocation tokens on, which it looks for once in a row; the rows compared have none."""
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[70, 71])
+    model = get_peft_model(make_model(FAMILIES["llama"]), adapter)
+    assert "alora_invocation_tokens" in find_obstacle(model)
+    model.add_adapter("plain", LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    model.delete_adapter("default")
+    assert find_obstacle(model) is None
 
 
 @pytest.mark.parametrize("shared_prefix", ["auto", "on"])
@@ -521,7 +534,8 @@ def test_another_attention_is_seen_at_any_time(tmp_path, caplog):
     assert tokens_computed(trainer) < make_rows()[0].numel()
 
 
-def test_an_attention_that_others_register_is_wrapped_too(tmp_path):
+@pytest.mark.parametrize("registers", [True, False])
+def test_an_attention_that_others_set_is_wrapped_too(registers, tmp_path):
     """Under the same name, when rows are packed already: packed rows go on, and padded ones take the new function."""
     trainer = make_trainer(make_model(FAMILIES["qwen2"]), tmp_path, shared_prefix="on")
     expected = logps_and_gradients(trainer)
@@ -532,7 +546,10 @@ def test_an_attention_that_others_register_is_wrapped_too(tmp_path):
         calls.append(module)
         return before(module, *args, **kwargs)
 
-    AttentionInterface.register("sdpa", theirs)
+    if registers:
+        AttentionInterface.register("sdpa", theirs)
+    else:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = theirs
     try:
         assert_close(logps_and_gradients(trainer), expected)
         assert not calls
@@ -540,6 +557,8 @@ def test_an_attention_that_others_register_is_wrapped_too(tmp_path):
         assert len(calls) == trainer.model.config.num_hidden_layers
     finally:
         AttentionInterface.register("sdpa", before)
+        if not registers:
+            del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def test_a_teacher_is_computed_from_padded_rows(tmp_path):
@@ -607,10 +626,11 @@ class CountedGraphs:
 @pytest.mark.slow
 @needs_dynamo
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_compiled_model_is_compiled_for_few_of_many_shapes(checkpointing, compiled_by_accelerate, tmp_path):
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # without and with a sliding window
+def test_a_compiled_model_is_compiled_for_few_of_many_shapes(family, checkpointing, compiled_by_accelerate, tmp_path):
     """Ten packed rows, with other groups and lengths: the same gradient, and a graph without an end in between."""
     counted = CountedGraphs()
-    model, oracle = (make_model(FAMILIES["llama"]) for _ in range(2))
+    model, oracle = (make_model(FAMILIES[family]) for _ in range(2))
     options = {"shared_prefix": "on", "gradient_checkpointing": checkpointing}
     trainer = make_trainer(model, tmp_path, **options, **compiled_by_accelerate)
     assert trainer.packs
@@ -794,6 +814,17 @@ def test_a_packed_forward_reads_nothing_back_from_its_device(tmp_path, monkeypat
     monkeypatch.setattr(mixin.compat, "every_row_scored", nullcontext)
     with pytest.raises((NotImplementedError, RuntimeError)):
         trainer._forward_of_packed_row(model, ids.to("meta"), layout)
+
+
+def test_forwards_that_overlap_leave_trls_head_as_it_was():
+    stock = trl_utils._use_triton
+    first, second = compat.every_row_scored(), compat.every_row_scored()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not trl_utils._use_triton(torch.device("cuda"))
+    second.__exit__(None, None, None)
+    assert trl_utils._use_triton is stock
 
 
 # The attention by itself

@@ -15,6 +15,7 @@ from datetime import timedelta
 from functools import cache
 from inspect import getattr_static, unwrap
 from pathlib import Path
+from threading import Lock
 from types import CodeType
 from typing import Any
 
@@ -376,21 +377,29 @@ def _no_compaction(device: torch.device) -> bool:
     return False
 
 
+# What stood in TRL's module at each entry of `every_row_scored`; its entries may overlap, in threads.
+_set_before: list[Callable[[torch.device], bool]] = []
+_set_before_lock = Lock()
+
+
 @contextmanager
 def every_row_scored() -> Iterator[None]:
     """Within it TRL's fused LM head scores all that it is given.
 
     On a GPU it first takes out what has no label, and waits to learn how much that is. A packed row has a label
-    wherever the head is called.
+    wherever the head is called. Other threads' padded forwards meanwhile score what has no label too, and set it to 0.
     """
     if not hasattr(trl_utils, "_use_triton"):  # releases that do not ask
         yield
         return
-    stock, trl_utils._use_triton = trl_utils._use_triton, _no_compaction
+    with _set_before_lock:
+        _set_before.append(trl_utils._use_triton)
+        trl_utils._use_triton = _no_compaction
     try:
         yield
     finally:
-        trl_utils._use_triton = stock
+        with _set_before_lock:  # so whoever leaves last puts TRL's own back
+            trl_utils._use_triton = _set_before.pop()
 
 
 # The kernels that `scaled_dot_product_attention` takes on CPUs; they return the log-sum-exp too, which it does not.

@@ -67,7 +67,10 @@ def attend_over_segments(name: str) -> None:
     """Wrap the function that transformers calls for an attention implementation, unless it is wrapped already."""
     stock = ALL_ATTENTION_FUNCTIONS[name]
     if not hasattr(stock, "without_segments"):
-        AttentionInterface.register(name, _with_segments(stock, casts=_is_flash(name)))
+        wrapper = _with_segments(stock, casts=_is_flash(name))
+        AttentionInterface.register(name, wrapper)
+        if ALL_ATTENTION_FUNCTIONS[name] is not wrapper:  # some set theirs on this object, which looks there first
+            ALL_ATTENTION_FUNCTIONS[name] = wrapper
 
 
 def _with_segments(stock: Callable[..., Any], casts: bool) -> Callable[..., Any]:

@@ -75,6 +75,8 @@ class PackedLayout:
             counted from 0. Int32, of the same length, at least 2.
         longest_piece (`int`), longest_prefix_keys (`int`), longest_prefix_queries (`int`):
             The longest of these, in tokens.
+        longest_sequence (`int`):
+            Tokens of the longest prompt with its completion, without the completion's last token.
         prefix_end (`int`), shared_end (`int`):
             Where the prefixes end and the segments begin, and where the segments end that have a prefix.
         groups (`tuple[Group, ...]`):
@@ -92,6 +94,7 @@ class PackedLayout:
     longest_piece: int
     longest_prefix_keys: int
     longest_prefix_queries: int
+    longest_sequence: int
     prefix_end: int
     shared_end: int
     groups: tuple[Group, ...]
@@ -101,11 +104,6 @@ class PackedLayout:
     def num_tokens(self) -> int:
         """`N`, the tokens that a forward computes."""
         return self.tokens.numel()
-
-    @property
-    def longest_sequence(self) -> int:
-        """Tokens of the longest prompt with its completion, without the completion's last token."""
-        return max(len(group.prefix) + max(map(len, group.segments), default=0) for group in self.groups)
 
     def pack(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The packed row, `(1, N)`, of tokens `(B, T)`."""
@@ -218,6 +216,7 @@ def lay_out(rows: Sequence[Row], prompt_width: int, num_completion_tokens: int) 
         longest_piece=max(piece_lengths),
         longest_prefix_keys=max(keys),
         longest_prefix_queries=max(queries),
+        longest_sequence=max(len(group.prefix) + max(map(len, group.segments), default=0) for group in groups),
         prefix_end=prefix_end,
         shared_end=prefix_end + sum(queries),
         groups=tuple(groups),

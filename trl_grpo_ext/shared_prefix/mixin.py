@@ -32,6 +32,8 @@ from .probe import (
 
 logger = get_logger(__name__)
 
+AUXILIARY_LOSS = "the MoE auxiliary loss counts each prompt once for each of its completions"
+
 
 class SharedPrefixMixin(OrderedMixin):
     """A shared prompt computed once, and no padding, for any `trl.GRPOTrainer`.
@@ -42,8 +44,8 @@ class SharedPrefixMixin(OrderedMixin):
     `shared_prefix="auto"` falls back to the padded forward, and says once why, where a model or a batch cannot be
     packed: images, eager attention or one of the user's own, sliding windows that are shorter than a row, soft-capped
     scores, attention sinks, recurrent layers, a position scaling that depends on the row's length, a MoE auxiliary
-    loss, NEFTune, whose noise depends on the row's length too. `"on"` raises instead, at construction where that is
-    known by then; `"off"` never packs.
+    loss, an activated LoRA, NEFTune, whose noise depends on the row's length too. `"on"` raises instead, at
+    construction where that is known by then; `"off"` never packs.
 
     Before the first use a few short rows are computed both ways, which finds models that behave in another way without
     saying so: their log-probabilities, and the gradients of all parameters. Where processes hold parts of parameters
@@ -145,7 +147,7 @@ class SharedPrefixMixin(OrderedMixin):
 
     def _obstacle_of_call(self, model: Any, compute_aux_loss: bool, inputs: dict[str, Any]) -> str | None:
         if compute_aux_loss:
-            return "the MoE auxiliary loss counts each prompt once for each of its completions"
+            return AUXILIARY_LOSS
         if any(value is not None for value in inputs.values()):
             return "there are images"
         # which can be set at any time
@@ -296,6 +298,8 @@ def find_obstacle(model: Any) -> str | None:
     for adapter in getattr(model, "peft_config", {}).values():
         if adapter.is_prompt_learning:
             return f"{adapter.peft_type.value} puts tokens of its own before each row"
+        if getattr(adapter, "alora_invocation_tokens", None):
+            return "an activated LoRA looks for its invocation tokens once in each row (alora_invocation_tokens)"
     model = _language_model(model)
     config = model.config
     if config.get_text_config() is not config:
@@ -307,6 +311,8 @@ def find_obstacle(model: Any) -> str | None:
         return f"there are layers that carry a state along the row ({', '.join(sorted(layer_types)) or 'recurrent'})"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "attention scores are soft-capped"
+    if getattr(config, "output_router_logits", False):
+        return AUXILIARY_LOSS
     if any(hasattr(module, "sinks") for module in model.modules()):
         return "there are attention sinks"
     scaling = getattr(config, "rope_parameters", None) or {}
