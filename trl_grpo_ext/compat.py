@@ -411,6 +411,12 @@ flash_attention = torch.ops.aten._flash_attention_forward
 flash_attention_backward = torch.ops.aten._flash_attention_backward
 
 
+def flash_attention_in_use() -> str | None:
+    """Whose FlashAttention these are, if it was changed by `torch.nn.attention.activate_flash_attention_impl`."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)  # from torch 2.11 or so
+    return None if current is None else current()
+
+
 # Forwards that are looked at from outside
 
 

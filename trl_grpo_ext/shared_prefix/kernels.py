@@ -264,7 +264,10 @@ def _side_by_side(ends: tuple[int, ...]) -> list[Places]:
 
 
 def _take(states: torch.Tensor, places: Places, zero_padding: bool = False) -> torch.Tensor:
-    """`(N, key heads, R, ...)` as the kernel takes it: `(key heads, R, n, ...)`, or that for each of several."""
+    """`(N, key heads, R, ...)` as the kernel takes it: `(key heads, R, n, ...)`, or that for each of several.
+
+    Padding repeats a sequence's last token, whose gradient would then count more than once: in gradients it is 0.
+    """
     if isinstance(places, slice):
         return states[places].movedim(0, 2)
     rows, is_padding, _, _ = places.rows(states.size(1))
@@ -353,8 +356,8 @@ def merged_forward(
     value: torch.Tensor,
     pieces: Spans,
     over_prefix: Spans,
-    first: int,
-    end: int,
+    prefix_end: int,
+    shared_end: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output, `(N, heads, size)`, and log-sum-exp, `(heads, N)`, of each query of a packed row over all that it sees.
@@ -367,8 +370,8 @@ def merged_forward(
         pieces ([`Spans`]):
             Prefixes and segments, each by itself.
         over_prefix ([`Spans`]):
-            The segments of each group, the queries `first` to `end`, over their prefix, the keys up to `first`.
-        first (`int`), end (`int`):
+            The segments of each group, from `prefix_end` to `shared_end`, over their prefix.
+        prefix_end (`int`), shared_end (`int`):
             Where prefixes end and segments begin, and where the segments end that have a prefix.
         scale (`float`):
             Factor of the scores.
@@ -376,13 +379,17 @@ def merged_forward(
     output, log_sum_exp = kernel.forward(query, key, value, pieces, scale)
     if log_sum_exp.shape != (query.size(1), query.size(0)):  # some builds pad them
         raise ValueError(f"log-sum-exps are of shape {tuple(log_sum_exp.shape)}, not (heads, tokens)")
-    if end > first:
-        part, part_log_sum_exp = kernel.forward(query[first:end], key[:first], value[:first], over_prefix, scale)
-        own, own_log_sum_exp = output[first:end], log_sum_exp[:, first:end]
+    if shared_end > prefix_end:
+        part, part_log_sum_exp = kernel.forward(
+            query[prefix_end:shared_end], key[:prefix_end], value[:prefix_end], over_prefix, scale
+        )
+        own, own_log_sum_exp = output[prefix_end:shared_end], log_sum_exp[:, prefix_end:shared_end]
         # In fp32: a weight of half precision would double the output's error.
         weight = torch.sigmoid(part_log_sum_exp - own_log_sum_exp).t().unsqueeze(-1)
-        output[first:end] = torch.lerp(own.to(weight.dtype), part.to(weight.dtype), weight).to(output.dtype)
-        log_sum_exp[:, first:end] = torch.logaddexp(own_log_sum_exp, part_log_sum_exp)
+        output[prefix_end:shared_end] = torch.lerp(own.to(weight.dtype), part.to(weight.dtype), weight).to(
+            output.dtype
+        )
+        log_sum_exp[:, prefix_end:shared_end] = torch.logaddexp(own_log_sum_exp, part_log_sum_exp)
     return output, log_sum_exp
 
 
@@ -396,14 +403,17 @@ def merged_backward(
     log_sum_exp: torch.Tensor,
     pieces: Spans,
     over_prefix: Spans,
-    first: int,
-    end: int,
+    prefix_end: int,
+    shared_end: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of queries, keys and values from that of [`merged_forward`]'s output; arguments are the same."""
+    """Gradients of queries, keys and values from that of [`merged_forward`]'s output; arguments are the same.
+
+    Both calls get the merged output and log-sum-exp, as this file begins by saying, and what they give adds up.
+    """
     of_query, of_key, of_value = kernel.backward(gradient, query, key, value, output, log_sum_exp, pieces, scale)
-    if end > first:
-        rows, prefixes = slice(first, end), slice(0, first)
+    if shared_end > prefix_end:
+        rows, prefixes = slice(prefix_end, shared_end), slice(0, prefix_end)
         parts = kernel.backward(
             gradient[rows],
             query[rows],
@@ -435,7 +445,7 @@ def spans_of(
 
 
 def calls_of(layout: PackedLayout) -> tuple[Any, ...]:
-    """What [`spans_of`] takes of a layout, and where prefixes and the segments that see one end."""
+    """What [`spans_of`] takes of a layout, and where prefixes and the segments that see one shared_end."""
     return (
         layout.pieces,
         layout.prefix_queries,
@@ -459,13 +469,15 @@ def _packed_attention(
     longest_piece: int,
     longest_prefix_queries: int,
     longest_prefix_keys: int,
-    first: int,
-    end: int,
+    prefix_end: int,
+    shared_end: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     longest = longest_piece, longest_prefix_queries, longest_prefix_keys
     spans = spans_of(pieces, prefix_queries, prefix_keys, *longest)
-    output, log_sum_exp = merged_forward(KERNELS[query.device.type], query, key, value, *spans, first, end, scale)
+    output, log_sum_exp = merged_forward(
+        KERNELS[query.device.type], query, key, value, *spans, prefix_end, shared_end, scale
+    )
     return output.contiguous(), log_sum_exp.contiguous()  # as compilers are told
 
 
@@ -489,14 +501,14 @@ def _packed_attention_backward(
     longest_piece: int,
     longest_prefix_queries: int,
     longest_prefix_keys: int,
-    first: int,
-    end: int,
+    prefix_end: int,
+    shared_end: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     longest = longest_piece, longest_prefix_queries, longest_prefix_keys
     spans = spans_of(pieces, prefix_queries, prefix_keys, *longest)
     states = query, key, value, output, log_sum_exp
-    gradients = merged_backward(KERNELS[query.device.type], gradient, *states, *spans, first, end, scale)
+    gradients = merged_backward(KERNELS[query.device.type], gradient, *states, *spans, prefix_end, shared_end, scale)
     return gradients[0].contiguous(), gradients[1].contiguous(), gradients[2].contiguous()
 
 
@@ -556,12 +568,10 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
 # The largest relative error of a kernel's output and gradients in a trial; in half precision the states' own rounding.
 _TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-_OBSTACLES: dict[
-    tuple[torch.device, torch.dtype, int, int], str | None
-] = {}  # what was found, for each kind of states
+_OBSTACLES: dict[tuple[Any, ...], str | None] = {}  # what was found, for each kind of states
 
 
-@torch.compiler.assume_constant_result  # by compilers, which look through caches but not through this
+@torch.compiler.assume_constant_result  # compilers then ask once, and find what the comparison of rows has found
 def why_not(device: torch.device, dtype: torch.dtype, head_size: int, heads_per_key_head: int) -> str | None:
     """Why attention over a packed row is computed segment by segment; `None` if by a [`Kernel`].
 
@@ -571,20 +581,24 @@ def why_not(device: torch.device, dtype: torch.dtype, head_size: int, heads_per_
     if device.type == "cpu":
         return None
     states = device, dtype, head_size, heads_per_key_head
-    if states not in _OBSTACLES:
-        _OBSTACLES[states] = _find_obstacle(*states)
-    return _OBSTACLES[states]
+    tried = *states, compat.flash_attention_in_use()
+    if tried not in _OBSTACLES:
+        _OBSTACLES[tried] = _find_obstacle(*states)
+    return _OBSTACLES[tried]
 
 
 def _find_obstacle(device: torch.device, dtype: torch.dtype, head_size: int, heads_per_key_head: int) -> str | None:
+    obstacle: str | None
+    level = logging.INFO
     if dtype not in _TOLERANCES:
-        obstacle: str | None = f"torch's flash attention is for half precision, and this is {dtype}"
+        obstacle = f"torch's flash attention is for half precision, and this is {dtype}"
     elif head_size % 8 or head_size > 256:
         obstacle = f"torch's flash attention takes heads of up to 256, in steps of 8, and these are of {head_size}"
     else:
         obstacle = _trial(KERNELS[device.type], device, dtype, head_size, heads_per_key_head)
+        level = logging.INFO if obstacle is None else logging.WARNING  # states that it takes on most cards
     means = "two calls a layer of torch's flash attention" if obstacle is None else f"a call a completion: {obstacle}"
-    logger.info(f"Packed attention on {device} ({dtype}, heads of {head_size}): {means}.")
+    logger.log(level, f"Packed attention on {device} ({dtype}, heads of {head_size}): {means}.")
     return obstacle
 
 
@@ -602,8 +616,8 @@ def _trial(
             torch.randn(layout.num_tokens, count, head_size, generator=numbers).to(device, dtype)
             for count in (heads, 2, 2, heads)
         )
-        *arguments, first, end = calls_of(layout)
-        calls = *spans_of(*arguments), first, end, head_size**-0.5
+        *arguments, prefix_end, shared_end = calls_of(layout)
+        calls = *spans_of(*arguments), prefix_end, shared_end, head_size**-0.5
         results: list[tuple[torch.Tensor, ...]] = []
         try:
             for each in (kernel, ReferenceKernel()):
