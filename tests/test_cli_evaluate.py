@@ -461,6 +461,7 @@ def test_shards_of_zero3(policy, tmp_path, is_lora, monkeypatch):
     assert not (tmp_path / "hostile").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_share_the_problems(evaluate, dataset, tmp_path):
     """Whatever they were launched for: each holds a whole model."""

@@ -109,6 +109,7 @@ def test_rows_are_dealt_out_anew_between_passes(policy, start, tmp_path):  # noq
     assert max(check_fullness(ours)) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"use_vllm": True, "sampler_noise": 0.3}], ids=str)
 def test_resuming_is_exact(policy, tmp_path, options):
     """From checkpoints within passes and between them, with rows where they were."""

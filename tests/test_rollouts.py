@@ -490,7 +490,7 @@ def train(policy, output_dir, schedule=(2, 1, 1), resume=None, lora=False, train
     + [
         pytest.param((3, 1, 2), {"lora": True}, marks=pytest.mark.slow),
         pytest.param((3, 1, 2), {"reshuffle_iterations": True}, marks=pytest.mark.slow),
-        ((4, 1, 2), {"target_kl": 0.005, "learning_rate": 2.0}),
+        pytest.param((4, 1, 2), {"target_kl": 0.005, "learning_rate": 2.0}, marks=pytest.mark.slow),
         ((2, 2, 2), {"beta": 0.04, "optim": "adamw_torch", "learning_rate": 1e-2}),
     ],
     ids=str,

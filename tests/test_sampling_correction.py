@@ -253,7 +253,7 @@ def test_a_loss_that_wants_rows_without_weight_gets_fresh_ones(policy, tmp_path,
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("schedule", [(1, 2, 2), (2, 2, 4)])
+@pytest.mark.parametrize("schedule", [(1, 2, 2), pytest.param((2, 2, 4), marks=pytest.mark.slow)])
 def test_metrics_are_trls(policy, tmp_path, mode, schedule):
     mu, accumulation, per_generation = schedule
     options = {

@@ -303,6 +303,7 @@ def test_bench_update_shows_its_figures_without_rich(bench, monkeypatch, capsys)
     assert capsys.readouterr().out.split() == ["a", "title", "workload", "seconds", "gsm8k", "1.5"]
 
 
+@pytest.mark.slow
 def test_bench_update_in_bfloat16(bench, tmp_path):
     """The gradient is held against TRL's in float32, within twice TRL's own error."""
     file = tmp_path / "bench.json"
@@ -402,7 +403,7 @@ def test_bench_update_compares_nothing_where_gradients_differ(bench, monkeypatch
     assert "error: the gradients differ" in shown.err
 
 
-@pytest.mark.parametrize("noise", [0.01, 3.0])
+@pytest.mark.parametrize("noise", [0.01, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_bench_update_with_vllm(bench, monkeypatch, tmp_path, noise):
     """Both trainers correct for a sampler that is not the policy, with TRL's defaults; large noise masks rows."""
     file, metrics = tmp_path / "bench.json", []
@@ -523,7 +524,7 @@ def test_check_gpu_refuses(check_gpu, capsys, arguments, message):
 MACHINE = {"gpu": "a card", "driver": "1.2", "versions": {"torch": "9.9"}}
 
 
-@pytest.mark.parametrize("has_rich", [True, False])
+@pytest.mark.parametrize("has_rich", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_check_gpu_runs_all_parts(check_gpu, monkeypatch, tmp_path, capsys, has_rich):
     """What fails, ends too late or leaves nothing behind does not keep the others from running."""
     if not has_rich:

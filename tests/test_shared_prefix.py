@@ -446,6 +446,7 @@ def test_generation_and_saved_models_are_as_they_were(policy, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config._attn_implementation == "sdpa"
 
 
+@pytest.mark.slow
 def test_continuous_batching_trains_as_with_trl(tmp_path):
     """It asks for the attention by its name, between packed updates; the same tokens and the same steps."""
     options = {
@@ -667,6 +668,7 @@ def test_torch_compile_trains_as_trl(compiled_by_accelerate, tmp_path):
     assert all(computed < padded for computed, padded in tokens)
 
 
+@pytest.mark.slow
 @needs_dynamo
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_model_that_is_compiled_already_is_packed(in_place, tmp_path):
