@@ -106,7 +106,7 @@ def test_every_loss_has_trls_gradient(policy, start, tmp_path, number, loss_type
     ("number", "schedule", "loss_type"),
     [
         # each schedule with two loss types; the features take turns
-        pytest.param(number, schedule, loss_type, marks=[pytest.mark.slow] if number % 6 else [])
+        pytest.param(number, schedule, loss_type, marks=[pytest.mark.slow] if number % 9 else [])
         for number, (schedule, loss_type) in enumerate(
             (schedule, LOSS_TYPES[(position + offset) % 8])
             for offset in (0, 4)
@@ -131,7 +131,7 @@ def test_every_schedule_has_trls_gradient(policy, start, tmp_path, number, sched
 @pytest.mark.parametrize(
     ("features", "loss_type"),
     [
-        pytest.param(features, loss_type, marks=[pytest.mark.slow] if (row + column) % 8 else [])
+        pytest.param(features, loss_type, marks=[pytest.mark.slow] if (row + column) % 12 else [])
         for row, features in enumerate(FEATURES[1:])
         for column, loss_type in enumerate(LOSS_TYPES)
     ],

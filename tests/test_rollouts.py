@@ -483,10 +483,7 @@ def train(policy, output_dir, schedule=(2, 1, 1), resume=None, lora=False, train
 
 @pytest.mark.parametrize(
     ("schedule", "options"),
-    [
-        pytest.param(schedule, {}, marks=[] if n in (0, 2) else [pytest.mark.slow])
-        for n, schedule in enumerate(SCHEDULES)
-    ]
+    [pytest.param(schedule, {}, marks=[] if n == 2 else [pytest.mark.slow]) for n, schedule in enumerate(SCHEDULES)]
     + [
         pytest.param((3, 1, 2), {"lora": True}, marks=pytest.mark.slow),
         pytest.param((3, 1, 2), {"reshuffle_iterations": True}, marks=pytest.mark.slow),

@@ -254,7 +254,10 @@ def run(trainer_class, policy, folder, peft=False, **options):
 
 
 @pytest.mark.parametrize("trainer_class", [GRPOExtTrainer, pytest.param(PackingTrainer, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("options", RUNS)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(*run.values, id=run.id, marks=[pytest.mark.slow] if n % 2 else []) for n, run in enumerate(RUNS)],
+)
 def test_runs_equal_trl(options, trainer_class, policy, tmp_path):
     expected = run(GRPOTrainer, policy, tmp_path, **options)
     found = run(trainer_class, policy, tmp_path, shared_prefix="on", **options)
@@ -306,7 +309,13 @@ UNPACKABLE = [
 ]
 
 
-@pytest.mark.parametrize(("config", "reason"), UNPACKABLE)
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        pytest.param(*case.values, id=case.id, marks=[pytest.mark.slow] if n % 2 else [])
+        for n, case in enumerate(UNPACKABLE)
+    ],
+)
 def test_falls_back_and_trains_the_same(config, reason, tmp_path, caplog):
     make_model(config).save_pretrained(tmp_path / "policy")
     model = str(tmp_path / "policy")
