@@ -12,7 +12,7 @@ import torch
 
 from .. import compat
 from ..metrics import LeftOut
-from ..shared_prefix.layout import PackedLayout, lay_out, on_device
+from ..shared_prefix.layout import PackedLayout, lay_out, on_device, to_device
 from .arrange import even_shares, fewest_padded_shares, fewest_shares_by_prompt, packed_tokens, shares_by_prompt
 from .files import FORMAT, RolloutError, read_rollouts, rollout_files, write_rollouts
 from .rows import (
@@ -28,7 +28,6 @@ from .rows import (
     on_host,
     rows_on_host,
     select,
-    to_device,
 )
 
 
@@ -172,7 +171,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
             rows = [row.row for row in known if row.row is not None]
             if len(rows) == len(known):
                 layouts[index] = lay_out(rows, micro_batch["prompt_ids"].size(1), self._used_columns(index))
-        return dict(zip(layouts, on_device(list(layouts.values()), device), strict=True)) if layouts else {}
+        return dict(zip(layouts, on_device(list(layouts.values()), device), strict=True))
 
     def num_tokens(self, index: int, by_prompt: bool) -> int:
         """Tokens of the forward of micro-batch `index`: of a packed row, or of rows padded to the longest."""
@@ -359,10 +358,12 @@ class RolloutBuffer(Sequence[MicroBatch]):
 
     def _deal_out(self, deals: Sequence[_Deal]) -> None:
         """Give micro-batches their rows: one copy of the rows' numbers to the device, which nobody waits for."""
-        known = self._rows_on_host()
-        orders = [[row for share in deal.shares.values() for row in share] for deal in deals]
         if not deals:
             return
+        known = self._rows_on_host()
+        orders = [
+            torch.tensor([row for share in deal.shares.values() for row in share], dtype=torch.long) for deal in deals
+        ]
         device = deals[0].rows["completion_ids"].device
         for deal, order in zip(deals, to_device(orders, device), strict=True):
             dealt, start = select(deal.rows, order), 0

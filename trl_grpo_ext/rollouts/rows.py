@@ -132,25 +132,16 @@ def on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def to_device(numbers: Sequence[Sequence[int]], device: torch.device) -> list[torch.Tensor]:
-    """Whole numbers on a device, a tensor for each sequence: one copy for all of them, which nobody waits for."""
-    flat = torch.tensor([number for each in numbers for number in each], dtype=torch.long)
-    if device.type == "cuda":
-        flat = flat.pin_memory()
-    return list(flat.to(device, non_blocking=True).split([len(each) for each in numbers]))
-
-
 def rows_on_host(
     prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, completion_mask: torch.Tensor
 ) -> list[RowOnHost]:
     """What is known of the rows of a micro-batch by tensors that are on the host, `(B, P)` and `(B, C)`."""
     columns = torch.arange(1, completion_mask.size(1) + 1)
     used = (completion_mask.bool() * columns).amax(1).tolist()
-    ids = torch.cat([prompt_ids, torch.zeros_like(completion_mask)], dim=1)
     mask = torch.cat([prompt_mask, completion_mask], dim=1)
     rows: Sequence[Row | None]
     try:
-        rows = rows_of(ids, mask, completion_mask.size(1))
+        rows = rows_of(prompt_ids, mask)
     except LayoutError:  # where it is packed, this is said
         rows = [None] * len(used)
     return [RowOnHost(row, columns) for row, columns in zip(rows, used, strict=True)]

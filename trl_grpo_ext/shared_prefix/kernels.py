@@ -445,7 +445,7 @@ def spans_of(
 
 
 def calls_of(layout: PackedLayout) -> tuple[Any, ...]:
-    """What [`spans_of`] takes of a layout, and where prefixes and the segments that see one shared_end."""
+    """What [`spans_of`] takes of a layout, and its two ends, one by one: operators take tensors and numbers alone."""
     return (
         layout.pieces,
         layout.prefix_queries,

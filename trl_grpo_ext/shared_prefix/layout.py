@@ -17,6 +17,7 @@ what attention over prefixes reads and writes are runs of tokens too.
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 
@@ -125,25 +126,23 @@ class PackedLayout:
         return rows.view(num_rows, width)
 
 
-def rows_of(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_completion_tokens: int) -> list[Row]:
+def rows_of(prompt_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[Row]:
     """What is to be known of padded rows to lay them out; one copy from their device, which is waited for.
 
     Args:
-        input_ids (`torch.Tensor`):
-            Prompts, padded on the left, and completions, padded on the right, `(B, T)`.
+        prompt_ids (`torch.Tensor`):
+            Prompts, padded on the left, `(B, P)`.
         attention_mask (`torch.Tensor`):
-            1 for tokens and 0 for padding, `(B, T)`.
-        num_completion_tokens (`int`):
-            Columns of the completions, `C`.
+            1 for tokens and 0 for padding, of prompts and of completions, which are padded on the right, `(B, T)`.
 
     Raises:
         LayoutError: If a row has no prompt, or padding where it does not belong.
     """
-    ids, mask = torch.stack([input_ids.detach(), attention_mask.detach().to(input_ids.dtype)]).cpu()
-    mask = mask.bool()
-    prompt_width = ids.size(1) - num_completion_tokens
+    prompt_width = prompt_ids.size(1)
+    both = torch.cat([prompt_ids.detach(), attention_mask.detach().to(prompt_ids.dtype)], dim=1).cpu()
+    prompts, mask = both[:, :prompt_width].numpy(), both[:, prompt_width:].bool()
     prompt_lengths, completion_lengths = mask[:, :prompt_width].sum(1), mask[:, prompt_width:].sum(1)
-    columns = torch.arange(ids.size(1))
+    columns = torch.arange(mask.size(1))
     starts, ends = prompt_width - prompt_lengths, prompt_width + completion_lengths
     if not torch.equal(mask, (columns >= starts[:, None]) & (columns < ends[:, None])):
         raise LayoutError("there is padding inside a row: prompts must be padded left and completions right")
@@ -151,7 +150,6 @@ def rows_of(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_completio
     for index, (prompt_tokens, _) in enumerate(lengths):
         if prompt_tokens == 0:
             raise LayoutError(f"row {index} has an empty prompt")
-    prompts = ids[:, :prompt_width].numpy()
     return [
         Row(prompts[index, prompt_width - prompt_tokens :].tobytes(), prompt_tokens, completion_tokens)
         for index, (prompt_tokens, completion_tokens) in enumerate(lengths)
@@ -224,37 +222,31 @@ def lay_out(rows: Sequence[Row], prompt_width: int, num_completion_tokens: int) 
     )
 
 
+def to_device(numbers: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Whole numbers on a device, int64: one copy for all tensors, `(n,)` each, which nobody waits for."""
+    together = torch.cat([tensor.long() for tensor in numbers])
+    if device.type == "cuda":
+        together = together.pin_memory()
+    return list(together.to(device, non_blocking=True).split([tensor.numel() for tensor in numbers]))
+
+
 def on_device(layouts: Sequence[PackedLayout], device: torch.device) -> list[PackedLayout]:
     """Layouts with their tensors on a device: one copy for all of them, which nobody waits for."""
-    return list(layouts) if device.type == "cpu" else _in_one_copy(layouts, device)
-
-
-def _in_one_copy(layouts: Sequence[PackedLayout], device: torch.device) -> list[PackedLayout]:
+    if device.type == "cpu" or not layouts:
+        return list(layouts)
     names = [item.name for item in fields(PackedLayout) if isinstance(getattr(layouts[0], item.name), torch.Tensor)]
-    # Those of 32 bits last, so that one kernel narrows them all.
-    names.sort(key=lambda name: getattr(layouts[0], name).dtype == torch.int32)
-    tensors = [getattr(layout, name) for name in names for layout in layouts]
-    sizes = [tensor.numel() for tensor in tensors]
-    num_wide = sum(tensor.numel() for tensor in tensors if tensor.dtype != torch.int32)
-    there = torch.cat([tensor.long() for tensor in tensors])
-    if device.type == "cuda":
-        there = there.pin_memory()
-    there = there.to(device, non_blocking=True)
-    count = sum(tensor.dtype != torch.int32 for tensor in tensors)
-    parts = [
-        *there[:num_wide].split(sizes[:count]),
-        *there[num_wide:].to(torch.int32).split(sizes[count:]),
-    ]
+    here = [getattr(layout, name) for layout in layouts for name in names]
+    there: list[Any] = [copy.to(tensor.dtype) for copy, tensor in zip(to_device(here, device), here, strict=True)]
     return [
-        replace(layout, **dict(zip(names, parts[index :: len(layouts)], strict=True)))
-        for index, layout in enumerate(layouts)
+        replace(layout, **dict(zip(names, there[start : start + len(names)], strict=True)))
+        for layout, start in zip(layouts, range(0, len(there), len(names)), strict=True)
     ]
 
 
 def packed_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor, num_completion_tokens: int) -> PackedLayout:
     """[`rows_of`], [`lay_out`] and [`on_device`] in one."""
-    rows = rows_of(input_ids, attention_mask, num_completion_tokens)
-    layout = lay_out(rows, input_ids.size(1) - num_completion_tokens, num_completion_tokens)
+    prompt_width = input_ids.size(1) - num_completion_tokens
+    layout = lay_out(rows_of(input_ids[:, :prompt_width], attention_mask), prompt_width, num_completion_tokens)
     return on_device([layout], input_ids.device)[0]
 
 
