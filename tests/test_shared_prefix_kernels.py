@@ -132,7 +132,7 @@ def test_operator(shape):
     """What torch demands of an operator: its schema, the shapes it promises, its gradient, also compiled."""
     layout = layout_of(shape)
     query, key, value, _ = (state[0].transpose(0, 1).requires_grad_() for state in states_of(layout, 4, 2, 8))
-    arguments = (query, key, value, *kernels.calls_of(layout), 0.3)
+    arguments = (query, key, value, *kernels.Calls.of(layout), 0.3)
     torch.library.opcheck(torch.ops.trl_grpo_ext.packed_attention.default, arguments)
 
 
@@ -143,13 +143,12 @@ def test_flash_kernel_calls_torch_as_it_wants_to_be_called(shape, heads):
     (layout,) = on_device([layout_of(shape)], torch.device("meta"))
     states = states_of(layout, *heads, torch.bfloat16)
     query, key, value, gradient = (state.to("meta")[0].transpose(0, 1) for state in states)
-    *arguments, first, end = kernels.calls_of(layout)
-    spans, where = kernels.spans_of(*arguments), (first, end, 0.125)
-    output, log_sum_exp = kernels.merged_forward(kernels.FlashKernel(), query, key, value, *spans, *where)
+    calls, scale = kernels.Calls.of(layout), 0.125
+    output, log_sum_exp = kernels.merged_forward(kernels.FlashKernel(), query, key, value, calls, scale)
     assert (output.shape, output.dtype) == (query.shape, torch.bfloat16)
     assert (log_sum_exp.shape, log_sum_exp.dtype) == ((query.size(1), query.size(0)), torch.float32)
     found = kernels.merged_backward(
-        kernels.FlashKernel(), gradient, query, key, value, output, log_sum_exp, *spans, *where
+        kernels.FlashKernel(), gradient, query, key, value, output, log_sum_exp, calls, scale
     )
     for tensor, state in zip(found, (query, key, value), strict=True):
         assert (tensor.shape, tensor.dtype) == (state.shape, state.dtype)

@@ -53,6 +53,46 @@ class Spans(NamedTuple):
             yield slice(query, query_end), slice(key, key_end)
 
 
+class Calls(NamedTuple):
+    """The two calls of a packed row, one tensor or number after the other, because an operator takes nothing else.
+
+    Args are those of [`PackedLayout`] that have these names.
+    """
+
+    pieces: torch.Tensor
+    prefix_queries: torch.Tensor
+    prefix_keys: torch.Tensor
+    longest_piece: int
+    longest_prefix_queries: int
+    longest_prefix_keys: int
+    prefix_end: int
+    shared_end: int
+
+    @classmethod
+    def of(cls, layout: PackedLayout) -> "Calls":
+        return cls(
+            layout.pieces,
+            layout.prefix_queries,
+            layout.prefix_keys,
+            layout.longest_piece,
+            layout.longest_prefix_queries,
+            layout.longest_prefix_keys,
+            layout.prefix_end,
+            layout.shared_end,
+        )
+
+    @property
+    def own(self) -> Spans:
+        """Prefixes and segments, each by itself."""
+        return Spans(self.pieces, self.pieces, self.longest_piece, self.longest_piece, True)
+
+    @property
+    def over_prefix(self) -> Spans:
+        """The segments of each group, from `prefix_end` to `shared_end`, over their prefix."""
+        longest = self.longest_prefix_queries, self.longest_prefix_keys
+        return Spans(self.prefix_queries, self.prefix_keys, *longest, False)
+
+
 class Kernel(Protocol):
     """Attention of many sequences in one call.
 
@@ -354,10 +394,7 @@ def merged_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    pieces: Spans,
-    over_prefix: Spans,
-    prefix_end: int,
-    shared_end: int,
+    calls: Calls,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output, `(N, heads, size)`, and log-sum-exp, `(heads, N)`, of each query of a packed row over all that it sees.
@@ -367,29 +404,22 @@ def merged_forward(
             What computes.
         query (`torch.Tensor`), key (`torch.Tensor`), value (`torch.Tensor`):
             States of the row, `(N, heads, size)` and `(N, key heads, size)`.
-        pieces ([`Spans`]):
-            Prefixes and segments, each by itself.
-        over_prefix ([`Spans`]):
-            The segments of each group, from `prefix_end` to `shared_end`, over their prefix.
-        prefix_end (`int`), shared_end (`int`):
-            Where prefixes end and segments begin, and where the segments end that have a prefix.
+        calls ([`Calls`]):
+            What sees what.
         scale (`float`):
             Factor of the scores.
     """
-    output, log_sum_exp = kernel.forward(query, key, value, pieces, scale)
+    output, log_sum_exp = kernel.forward(query, key, value, calls.own, scale)
     if log_sum_exp.shape != (query.size(1), query.size(0)):  # some builds pad them
         raise ValueError(f"log-sum-exps are of shape {tuple(log_sum_exp.shape)}, not (heads, tokens)")
-    if shared_end > prefix_end:
-        part, part_log_sum_exp = kernel.forward(
-            query[prefix_end:shared_end], key[:prefix_end], value[:prefix_end], over_prefix, scale
-        )
-        own, own_log_sum_exp = output[prefix_end:shared_end], log_sum_exp[:, prefix_end:shared_end]
+    if calls.shared_end > calls.prefix_end:
+        rows, prefixes = slice(calls.prefix_end, calls.shared_end), slice(0, calls.prefix_end)
+        part, part_log_sum_exp = kernel.forward(query[rows], key[prefixes], value[prefixes], calls.over_prefix, scale)
+        own, own_log_sum_exp = output[rows], log_sum_exp[:, rows]
         # In fp32: a weight of half precision would double the output's error.
         weight = torch.sigmoid(part_log_sum_exp - own_log_sum_exp).t().unsqueeze(-1)
-        output[prefix_end:shared_end] = torch.lerp(own.to(weight.dtype), part.to(weight.dtype), weight).to(
-            output.dtype
-        )
-        log_sum_exp[:, prefix_end:shared_end] = torch.logaddexp(own_log_sum_exp, part_log_sum_exp)
+        output[rows] = torch.lerp(own.to(weight.dtype), part.to(weight.dtype), weight).to(output.dtype)
+        log_sum_exp[:, rows] = torch.logaddexp(own_log_sum_exp, part_log_sum_exp)
     return output, log_sum_exp
 
 
@@ -401,19 +431,16 @@ def merged_backward(
     value: torch.Tensor,
     output: torch.Tensor,
     log_sum_exp: torch.Tensor,
-    pieces: Spans,
-    over_prefix: Spans,
-    prefix_end: int,
-    shared_end: int,
+    calls: Calls,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of queries, keys and values from that of [`merged_forward`]'s output; arguments are the same.
 
     Both calls get the merged output and log-sum-exp, as this file begins by saying, and what they give adds up.
     """
-    of_query, of_key, of_value = kernel.backward(gradient, query, key, value, output, log_sum_exp, pieces, scale)
-    if shared_end > prefix_end:
-        rows, prefixes = slice(prefix_end, shared_end), slice(0, prefix_end)
+    of_query, of_key, of_value = kernel.backward(gradient, query, key, value, output, log_sum_exp, calls.own, scale)
+    if calls.shared_end > calls.prefix_end:
+        rows, prefixes = slice(calls.prefix_end, calls.shared_end), slice(0, calls.prefix_end)
         parts = kernel.backward(
             gradient[rows],
             query[rows],
@@ -421,41 +448,12 @@ def merged_backward(
             value[prefixes],
             output[rows],
             log_sum_exp[:, rows],
-            over_prefix,
+            calls.over_prefix,
             scale,
         )
         for states, places, part in zip((of_query, of_key, of_value), (rows, prefixes, prefixes), parts, strict=True):
             states[places] += part
     return of_query, of_key, of_value
-
-
-def spans_of(
-    pieces: torch.Tensor,
-    prefix_queries: torch.Tensor,
-    prefix_keys: torch.Tensor,
-    longest_piece: int,
-    longest_prefix_queries: int,
-    longest_prefix_keys: int,
-) -> tuple[Spans, Spans]:
-    """The two calls of a packed row: its pieces by themselves, and segments over their prefixes."""
-    return (
-        Spans(pieces, pieces, longest_piece, longest_piece, True),
-        Spans(prefix_queries, prefix_keys, longest_prefix_queries, longest_prefix_keys, False),
-    )
-
-
-def calls_of(layout: PackedLayout) -> tuple[Any, ...]:
-    """What [`spans_of`] takes of a layout, and its two ends, one by one: operators take tensors and numbers alone."""
-    return (
-        layout.pieces,
-        layout.prefix_queries,
-        layout.prefix_keys,
-        layout.longest_piece,
-        layout.longest_prefix_queries,
-        layout.longest_prefix_keys,
-        layout.prefix_end,
-        layout.shared_end,
-    )
 
 
 @torch.library.custom_op("trl_grpo_ext::packed_attention", mutates_args=())
@@ -474,10 +472,8 @@ def _packed_attention(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     longest = longest_piece, longest_prefix_queries, longest_prefix_keys
-    spans = spans_of(pieces, prefix_queries, prefix_keys, *longest)
-    output, log_sum_exp = merged_forward(
-        KERNELS[query.device.type], query, key, value, *spans, prefix_end, shared_end, scale
-    )
+    calls = Calls(pieces, prefix_queries, prefix_keys, *longest, prefix_end, shared_end)
+    output, log_sum_exp = merged_forward(KERNELS[query.device.type], query, key, value, calls, scale)
     return output.contiguous(), log_sum_exp.contiguous()  # as compilers are told
 
 
@@ -506,9 +502,9 @@ def _packed_attention_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     longest = longest_piece, longest_prefix_queries, longest_prefix_keys
-    spans = spans_of(pieces, prefix_queries, prefix_keys, *longest)
+    calls = Calls(pieces, prefix_queries, prefix_keys, *longest, prefix_end, shared_end)
     states = query, key, value, output, log_sum_exp
-    gradients = merged_backward(KERNELS[query.device.type], gradient, *states, *spans, prefix_end, shared_end, scale)
+    gradients = merged_backward(KERNELS[query.device.type], gradient, *states, calls, scale)
     return gradients[0].contiguous(), gradients[1].contiguous(), gradients[2].contiguous()
 
 
@@ -551,7 +547,7 @@ def packed_attention(
             `(N, heads, size)`.
     """
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    output: torch.Tensor = _packed_attention(query, key, value, *calls_of(layout), scale)[0]
+    output: torch.Tensor = _packed_attention(query, key, value, *Calls.of(layout), scale)[0]
     return output
 
 
@@ -616,13 +612,12 @@ def _trial(
             torch.randn(layout.num_tokens, count, head_size, generator=numbers).to(device, dtype)
             for count in (heads, 2, 2, heads)
         )
-        *arguments, prefix_end, shared_end = calls_of(layout)
-        calls = *spans_of(*arguments), prefix_end, shared_end, head_size**-0.5
+        calls, scale = Calls.of(layout), head_size**-0.5
         results: list[tuple[torch.Tensor, ...]] = []
         try:
             for each in (kernel, ReferenceKernel()):
-                output, log_sum_exp = merged_forward(each, query, key, value, *calls)
-                gradients = merged_backward(each, gradient, query, key, value, output, log_sum_exp, *calls)
+                output, log_sum_exp = merged_forward(each, query, key, value, calls, scale)
+                gradients = merged_backward(each, gradient, query, key, value, output, log_sum_exp, calls, scale)
                 results.append((output, *gradients))
         except Exception as error:  # whatever a build or a card lacks
             return f"it fails ({type(error).__name__}: {one_line(error)})"
