@@ -9,11 +9,9 @@ evaluation.before["heldout"].estimates["strict"], evaluation.after["heldout"].es
 ```
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +23,7 @@ from transformers import ProgressCallback, TrainerCallback
 from .answers import read_answers, write_answers, write_at_once, write_lines
 from .driver import check_problems, evaluate
 from .figures import Figures, figures_of
+from .history import AFTER, BEFORE, FIGURES_FILE, FOLDER, STEP, EvaluationRecord, read_history
 
 
 if TYPE_CHECKING:
@@ -34,45 +33,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-FOLDER = "answers"
-FIGURES_FILE = "figures.jsonl"
-BEFORE, STEP, AFTER = "before", "step", "after"
 ONLY_SET = "heldout"
-
-
-@dataclass(frozen=True)
-class Record:
-    """One line of `figures.jsonl`: figures of a set, with their intervals.
-
-    Args:
-        evaluation (`str`):
-            `"before"`, `"step"` or `"after"`.
-        step (`int`):
-            Optimizer steps that the policy has taken.
-        set (`str`):
-            Name of the set of problems.
-        figures ([`Figures`]):
-            What came out.
-    """
-
-    evaluation: str
-    step: int
-    set: str
-    figures: Figures
-
-    def to_dict(self) -> dict[str, Any]:
-        content = {"evaluation": self.evaluation, "step": self.step, "set": self.set}
-        return {**content, "figures": self.figures.to_dict()}
-
-    @classmethod
-    def from_line(cls, line: str) -> "Record | None":
-        """A line's record; `None` if it is not one: of a file that was not written here, or by another version."""
-        try:
-            content = json.loads(line)
-            figures = Figures.from_dict(content["figures"])
-            return cls(str(content["evaluation"]), int(content["step"]), str(content["set"]), figures)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-            return None
 
 
 class EvaluationCallback(TrainerCallback):
@@ -173,7 +134,7 @@ class EvaluationCallback(TrainerCallback):
         self.before: dict[str, Figures] | None = None
         self.after: dict[str, Figures] | None = None
         self.history: dict[int, dict[str, Figures]] = {}
-        self._records: list[Record] = []
+        self._records: list[EvaluationRecord] = []
         self._latest: tuple[str, int] | None = None  # evaluation and step
         self._latest_figures: dict[str, Figures] = {}
         self._asked_for: set[str] = set()  # what of the trainer's evaluations has come with the latest one
@@ -303,7 +264,9 @@ class EvaluationCallback(TrainerCallback):
         assert self._latest is not None
         step = self._latest[1]
         self._records = [record for record in self._records if (record.evaluation, record.step) != (evaluation, step)]
-        self._records += [Record(evaluation, step, name, figures) for name, figures in self._latest_figures.items()]
+        self._records += [
+            EvaluationRecord(evaluation, step, name, figures) for name, figures in self._latest_figures.items()
+        ]
         self._write_figures()
 
     def _write_figures(self) -> None:
@@ -344,14 +307,10 @@ class EvaluationCallback(TrainerCallback):
                 f"measured when it began is not in {str(self.folder)!r}, or not all of it."
             )
 
-    def _recorded(self) -> list[Record]:
-        try:
-            lines = (self.folder / FIGURES_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            return []
-        return [record for line in lines if (record := Record.from_line(line)) and record.set in self.problems]
+    def _recorded(self) -> list[EvaluationRecord]:
+        return [record for record in read_history(self.folder / FIGURES_FILE) if record.set in self.problems]
 
-    def _is_in_log(self, record: Record, log_history: list[dict[str, Any]]) -> bool:
+    def _is_in_log(self, record: EvaluationRecord, log_history: list[dict[str, Any]]) -> bool:
         number = list(self.problems).index(record.set)
         logs = record.figures.to_logs(_log_prefix(number, record.set))
         return record.evaluation != AFTER and any(
