@@ -461,8 +461,8 @@ ENTROPY_RIGHT = 0.5
 ENTROPY_VALUES = 8
 KL_REFERENCE = 0.5
 KL_VALUES = 8
-KL_PASSES = 0.1
-PASSES = 6
+KL_PASSES = 0.025
+PASSES = 5
 
 
 def _entropy(run: Run) -> Found | None:
