@@ -195,15 +195,16 @@ def _never_right_window(run: Run) -> Window | None:
 SILENT_SHARE = 2 / 3
 SILENT_GROUPS = 32
 SILENT_GENERATIONS = 3
+EASY_GROUPS = 64
 # Groups that are all right are a problem from the start, and later what has been achieved.
 LEARNED_RIGHT = 0.1
 
 
-def _silent_groups(kind: str) -> Callable[[Run], Found | None]:
+def _silent_groups(kind: str, groups: int = SILENT_GROUPS) -> Callable[[Run], Found | None]:
     """Most groups are silent, and most of these for this reason."""
 
     def find(run: Run) -> Found | None:
-        window = last_window(run, groups=SILENT_GROUPS, generations=SILENT_GENERATIONS)
+        window = last_window(run, groups=groups, generations=SILENT_GENERATIONS)
         if window is None or window.share("silent") < SILENT_SHARE:
             return None
         counts = _silent_counts(window)
@@ -245,7 +246,7 @@ def _all_right(run: Run) -> Found | None:
 
 
 def _too_easy(run: Run) -> Found | None:
-    found = _silent_groups("right")(run)
+    found = _silent_groups("right", EASY_GROUPS)(run)
     return found if found is not None and _has_learned(run) else None
 
 
@@ -320,7 +321,7 @@ def _only_value(window: Window, reward: RewardAbout) -> float | None:
     return values.pop() if len(values) == 1 else None
 
 
-# One reward makes the advantage, and it is not correctness, from which there would be something to learn.
+# Other rewards make the advantage, and there would be something to learn from correctness.
 DOMINANT_SHARE = 0.8
 DOMINANT_GROUPS = 32
 DOMINANT_GENERATIONS = 4
@@ -337,16 +338,20 @@ def _dominant(run: Run) -> Found | None:
     spread = max(sum(f.groups_with_spread for f in window.of(reward)) for reward in judges) / window.groups
     if spread < DOMINANT_SPREAD:
         return None
+    shares = {}
     for reward in run.rewards:
-        shares = [f.advantage_share for f in window.of(reward) if f.advantage_share is not None]
-        if reward.kind != CORRECTNESS and shares and sum(shares) / len(shares) > DOMINANT_SHARE:
-            return Found(
-                f"{reward.name} (weight {reward.weight:g}) makes {sum(shares) / len(shares):.0%} of the advantage "
-                f"over the last {window.groups} groups, while {right:.0%} of completions are right and correctness "
-                f"differs within {spread:.0%} of groups.",
-                window.step,
-            )
-    return None
+        known = [f.advantage_share for f in window.of(reward) if f.advantage_share is not None]
+        if reward.kind != CORRECTNESS and known:
+            shares[reward.name] = sum(known) / len(known)
+    if sum(shares.values()) <= DOMINANT_SHARE:
+        return None
+    name = max(shares, key=lambda name: shares[name])
+    return Found(
+        f"Over the last {window.groups} groups rewards for other things make {sum(shares.values()):.0%} of the "
+        f"advantage, {name} alone {shares[name]:.0%}, while {right:.0%} of completions are right and correctness "
+        f"differs within {spread:.0%} of groups.",
+        window.step,
+    )
 
 
 # Something else rises, and correctness does not.
@@ -664,9 +669,9 @@ def _quoted(text: str, chars: int = 60) -> str:
     return repr(text if len(text) <= chars else f"{text[: chars // 2]}...{text[-chars // 2 :]}")
 
 
-def _silent_threshold(reason: str) -> str:
+def _silent_threshold(reason: str, groups: int = SILENT_GROUPS) -> str:
     return (
-        f"in at least {SILENT_SHARE:.0%} of {_last('groups', SILENT_GROUPS, SILENT_GENERATIONS)} all rewards are "
+        f"in at least {SILENT_SHARE:.0%} of {_last('groups', groups, SILENT_GENERATIONS)} all rewards are "
         f"equal, most often because {reason}"
     )
 
@@ -733,7 +738,7 @@ RULES: tuple[Rule, ...] = (
         "If they are alike, the problems are too hard for this model: begin with easier ones.",
         PROBLEM,
         _never_right,
-        explained_by=("truncated-completions", "unscored-references"),
+        explained_by=("truncated-completions", "unscored-references", "learning-rate-too-high"),
     ),
     Rule(
         "groups-unscored",
@@ -760,7 +765,13 @@ RULES: tuple[Rule, ...] = (
         "Take easier problems first, or more completions of each (num_generations), so that some are right.",
         PROBLEM,
         _silent_groups("wrong"),
-        explained_by=("truncated-completions", "unscored-references", "no-format", "never-right"),
+        explained_by=(
+            "truncated-completions",
+            "unscored-references",
+            "no-format",
+            "never-right",
+            "learning-rate-too-high",
+        ),
     ),
     Rule(
         "groups-all-right",
@@ -802,12 +813,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "dominant-reward",
-        "One reward drowns correctness",
-        f"another reward makes more than {DOMINANT_SHARE:.0%} of the advantage over "
+        "Other rewards drown correctness",
+        f"other rewards make more than {DOMINANT_SHARE:.0%} of the advantage over "
         f"{_last('groups', DOMINANT_GROUPS, DOMINANT_GENERATIONS)}, while correctness differs within at least "
         f"{DOMINANT_SPREAD:.0%} of groups and less than {DOMINANT_RIGHT:.0%} of completions are right",
-        "Lower its weight in reward_weights, or raise that of correctness, until correctness makes most of the "
-        "advantage.",
+        "Lower the weights of these rewards (reward_weights), or raise that of correctness, until it makes most of "
+        "the advantage.",
         PROBLEM,
         _dominant,
     ),
@@ -953,7 +964,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "data-too-easy",
         "The data has become too easy",
-        _silent_threshold("all completions are right")
+        _silent_threshold("all completions are right", EASY_GROUPS)
         + f", and right ones have become more by {LEARNED_RIGHT:.0%} or more since the beginning",
         "It has been learned: stop, or go on with harder problems.",
         HINT,
@@ -1008,14 +1019,23 @@ def diagnose(run: Run) -> list[Finding]:
     Returns:
         `list[Finding]`
     """
-    found = {rule.name: rule.look(run) for rule in RULES}
-    explained = {rule.name for rule in RULES if any(found.get(name) for name in rule.explained_by)}
     since = open_findings(run)
-    findings = [
-        replace(finding, step=min(finding.step, since.get(name, finding.step)))
-        for name, finding in found.items()
-        if finding is not None and name not in explained
+    return [
+        replace(finding, step=min(finding.step, since.get(finding.rule, finding.step)))
+        for finding in unexplained(holding(run))
     ]
+
+
+def holding(run: Run) -> dict[str, Finding]:
+    """What the rules find, by their names, with what follows from something else."""
+    found = ((rule.name, rule.look(run)) for rule in RULES)
+    return {name: finding for name, finding in found if finding is not None}
+
+
+def unexplained(found: dict[str, Finding]) -> list[Finding]:
+    """Of what rules have found that which follows from nothing else, problems first."""
+    explained = {rule.name for rule in RULES if any(name in found for name in rule.explained_by)}
+    findings = [finding for name, finding in found.items() if name not in explained]
     return sorted(findings, key=lambda finding: finding.severity != PROBLEM)
 
 
