@@ -468,6 +468,7 @@ KL_REFERENCE = 0.5
 KL_VALUES = 8
 KL_PASSES = 0.025
 PASSES = 5
+MOST_PASSES = 64
 
 
 def _entropy(run: Run) -> Found | None:
@@ -509,7 +510,7 @@ def _kl_passes(run: Run) -> Found | None:
 def _farthest_pass(run: Run, name: str) -> tuple[int, float, int] | None:
     """The pass in which a metric is largest in the median: its number, that median, and since when."""
     found = []
-    for number in range(1, _number(run, "num_iterations", 1) + 1):
+    for number in range(1, min(_number(run, "num_iterations", 1), MOST_PASSES) + 1):
         values = latest(run, f"iteration/{number}/{name}", PASSES)
         if values:
             found.append((number, median(values), values[0][0]))
@@ -564,7 +565,7 @@ def _sampler(run: Run) -> Found | None:
     if ratios and not SAMPLER_RATIO <= median(ratios) <= 1 / SAMPLER_RATIO:
         said.append(f"the mean importance weight is {median(ratios):.2g}")
     if now:
-        value, first = median(now), median(before)
+        value, first = median(now), median(before or now)
         if value > SAMPLER_LOGP or (value > SAMPLER_GROWN_LOGP and value > SAMPLER_GROWTH * first):
             said.append(f"log-probabilities differ by {value:.2g} nats a token, by {first:.2g} at the beginning")
     if not said:
@@ -809,7 +810,7 @@ RULES: tuple[Rule, ...] = (
         "hand, mend it, or leave it out.",
         PROBLEM,
         _constant,
-        explained_by=("truncated-completions", "no-format"),
+        explained_by=("truncated-completions", "no-format", "groups-all-right"),
     ),
     Rule(
         "dominant-reward",
