@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
+# What it says is for people, and of the whole run: without the rank that the other one puts before it.
+doctors_logger = logging.getLogger(Watch.__module__)
 
 # Completions of a group that are kept.
 MOST_SAMPLES = 16
@@ -348,7 +350,7 @@ class RunRecordCallback(TrainerCallback):
             self._add(event)
             if event["is_first"]:
                 level = logging.WARNING if event["holds"] and event["severity"] == PROBLEM else logging.INFO
-                logger.log(level, f"doctor: {event['message']}")
+                doctors_logger.log(level, f"doctor: {event['message']}")
 
     def _tell_fast_paths(self, state: Any) -> None:
         """Behind the first step: by then the trainer has found out what it can do."""
