@@ -348,6 +348,12 @@ def test_log_probabilities_of_sampler_and_trainer_that_drift_apart():
     assert "0.04 nats" in holding(run_of(metrics={name: from_to(0.01, 0.04)}))["sampler-disagrees"].evidence
 
 
+def test_no_gradient_where_no_group_has_signal_has_that_for_a_reason():
+    run = run_of(scores(silent=8, silent_right=True), logs={"grad_norm": 0.0})
+    assert [finding.rule for finding in diagnose(run)] == ["groups-all-right"]
+    assert "no-gradient" not in holding(run)
+
+
 def test_a_schedule_that_ends_at_zero_is_no_reason_to_say_that_passes_change_nothing():
     run = run_of(metrics={"iteration/2/clip_ratio": 0.0, "learning_rate": lambda done: 1e-5 * (1 - done)})
     assert "clip-never-binds" not in holding(run)

@@ -451,11 +451,15 @@ def _rate_small(run: Run) -> Found | None:
 
 # No gradient. The loss alone says nothing: on the first pass it is 0 where the gradient is not.
 NO_GRADIENT_LOGS = 5
+NO_GRADIENT_GENERATIONS = 2
 
 
 def _no_gradient(run: Run) -> Found | None:
     values = latest(run, "grad_norm", NO_GRADIENT_LOGS)
-    if not values or any(value != 0 for _, value in values):
+    window = last_window(run, generations=NO_GRADIENT_GENERATIONS)
+    if window is None or not values or any(value != 0 for _, value in values):
+        return None
+    if window.total("silent") == window.groups:  # then that is why, and there are rules for it
         return None
     return Found(f"The gradient's norm was 0 in each log from step {values[0][0]} to {values[-1][0]}.", values[0][0])
 
@@ -827,7 +831,7 @@ RULES: tuple[Rule, ...] = (
         "learning-rate-zero",
         "The learning rate is 0",
         f"{ZERO_LOGS} logs in a row",
-        "Set learning_rate, and see that max_steps of the schedule lies behind what is left to train.",
+        "Set learning_rate, or a schedule (max_steps, lr_scheduler_type) that has not come to its end.",
         PROBLEM,
         _rate_zero,
     ),
@@ -845,8 +849,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "no-gradient",
         "The gradient is 0",
-        f"its norm is 0 in {NO_GRADIENT_LOGS} logs in a row (a loss of 0 alone is no sign of it)",
-        "See that parameters are trained at all (adapters, frozen layers), and that advantages are not all 0.",
+        f"its norm is 0 in {NO_GRADIENT_LOGS} logs in a row, while rewards differ within groups (a loss of 0 alone is no "
+        "sign of it)",
+        "See that parameters are trained at all (adapters, frozen layers), and that completions that carry an advantage "
+        "are not all masked out.",
         PROBLEM,
         _no_gradient,
         explained_by=(
