@@ -372,8 +372,8 @@ def test_texts_are_quoted_in_one_short_line():
 
 
 def test_what_follows_from_something_else_is_left_out():
-    run = run_of(scores(right=0, tags=0), metrics={"completions/clipped_ratio": 1.0}, logs={"grad_norm": 0.0})
-    assert {"no-format", "no-gradient"} < holding(run).keys()
+    run = run_of(scores(right=0, tags=0), metrics={"completions/clipped_ratio": 1.0})
+    assert {"no-format", "groups-without-format"} < holding(run).keys()
     assert [finding.rule for finding in diagnose(run)] == ["truncated-completions"]
 
 

@@ -849,10 +849,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "no-gradient",
         "The gradient is 0",
-        f"its norm is 0 in {NO_GRADIENT_LOGS} logs in a row, while rewards differ within groups (a loss of 0 alone is no "
-        "sign of it)",
-        "See that parameters are trained at all (adapters, frozen layers), and that completions that carry an advantage "
-        "are not all masked out.",
+        f"its norm is 0 in {NO_GRADIENT_LOGS} logs in a row, while rewards differ within groups (a loss of 0 alone is "
+        "no sign of it)",
+        "See that parameters are trained at all (adapters, frozen layers), and that completions that carry an "
+        "advantage are not all masked out.",
         PROBLEM,
         _no_gradient,
         explained_by=(
