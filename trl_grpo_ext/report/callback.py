@@ -32,7 +32,7 @@ from ..evaluation.history import FOLDER as ANSWERS
 from ..rewards.correctness import AnswerReward
 from ..rewards.references import reference_to_text
 from ..rewards.text import conversation_to_text
-from .about import about_rewards, about_run
+from .about import about_fast_paths, about_rewards, about_run
 from .doctor import PROBLEM
 from .generations import RewardAbout, generation_statistics
 from .record import RECORD_FILE, RecordError, Run, Sample, read_record, shortened, to_line
@@ -354,8 +354,8 @@ class RunRecordCallback(TrainerCallback):
 
     def _tell_fast_paths(self, state: Any) -> None:
         """Behind the first step: by then the trainer has found out what it can do."""
-        paths = getattr(self._trainer, "fast_paths", None)
-        if not self._has_told_fast_paths and paths is not None:
+        paths = about_fast_paths(self._trainer)
+        if not self._has_told_fast_paths and paths != self.run.about.get("fast_paths"):
             self._add({"event": "about", "step": state.global_step, "about": {"fast_paths": paths}})
         self._has_told_fast_paths = True
 
