@@ -27,10 +27,9 @@ from transformers import TrainerCallback
 from .. import compat
 from ..evaluation.history import FIGURES_FILE, read_history
 from ..evaluation.history import FOLDER as ANSWERS
-from ..rewards.correctness import AnswerReward
 from ..rewards.references import reference_to_text
 from ..rewards.text import conversation_to_text
-from .about import about_fast_paths, about_rewards, about_run
+from .about import about_fast_paths, about_rewards, about_run, reference_column
 from .generations import RewardAbout, generation_statistics
 from .record import RECORD_FILE, RecordError, Run, Sample, read_record, shortened, to_line
 
@@ -283,8 +282,7 @@ class RunRecordCallback(TrainerCallback):
         )
 
     def _reference(self, columns: Mapping[str, Any]) -> str | None:
-        rewards = [reward for reward in self._trainer.reward_funcs if isinstance(reward, AnswerReward)]
-        reference = reference_to_text(columns.get(rewards[0].answer_column if rewards else "answer"))
+        reference = reference_to_text(columns.get(reference_column(self._trainer.reward_funcs)))
         return None if reference is None else shortened(reference)
 
     def _is_truncated(self, ids: Sequence[int]) -> bool:
