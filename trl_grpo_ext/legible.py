@@ -19,8 +19,8 @@ PROMPT_CHARS, COMPLETION_CHARS = 160, 400
 NUM_COMPLETIONS = 4
 # Reward functions that have a column each.
 MOST_REWARD_COLUMNS = 2
-# What a model card of TRL says where the model is no hub's.
-_NO_BASE_MODEL = "[None](https://huggingface.co/None)"
+# What a model card of TRL says where the model it began with is no hub's, and where it is not pushed to one.
+_NO_BASE_MODEL, _NO_HUB_MODEL = "[None](https://huggingface.co/None)", 'model="None"'
 
 
 def show_completions(
@@ -113,10 +113,12 @@ def show_rewards_in_notebooks(trainer: Any) -> None:
 
 
 def name_base_model(trainer: Any) -> None:
-    """Let a model card that TRL has written name the base model, where that is a folder and not a hub's."""
+    """Let a model card that TRL has written name base and result, where these are folders and not a hub's."""
     card = Path(trainer.args.output_dir, "README.md")
     name = name_of_model(trainer)
     called = "the embedded policy of trl_grpo_ext" if name == EMBEDDED_POLICY else f"`{Path(name).name}`"
     text = card.read_text(encoding="utf-8")
-    if _NO_BASE_MODEL in text:
-        card.write_text(text.replace(_NO_BASE_MODEL, called), encoding="utf-8")
+    result = f'model="{Path(trainer.args.output_dir).resolve().name}"'
+    named = text.replace(_NO_BASE_MODEL, called).replace(_NO_HUB_MODEL, result)
+    if named != text:
+        card.write_text(named, encoding="utf-8")
