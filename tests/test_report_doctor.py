@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -566,3 +568,12 @@ def test_a_run_that_has_hardly_begun(steps):
 def test_the_guide_has_the_table_of_the_rules():
     assert doctor_markdown() in GUIDE.read_text(encoding="utf-8")
     assert [name for name, _, _ in doctor_table()] == [rule.name for rule in RULES]
+
+
+def test_a_diagnosis_needs_no_torch():
+    code = (
+        "import sys, trl_grpo_ext.report.doctor, trl_grpo_ext.report.watch; "
+        "sys.exit(', '.join({'torch', 'transformers', 'trl'} & set(sys.modules)) or 0)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (process.returncode, process.stderr.strip()) == (0, "")
