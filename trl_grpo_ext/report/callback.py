@@ -353,10 +353,12 @@ class RunRecordCallback(TrainerCallback):
 
     def _tell_fast_paths(self, state: Any) -> None:
         """Behind the first step: by then the trainer has found out what it can do."""
-        paths = about_fast_paths(self._trainer)
-        if not self._has_told_fast_paths and paths != self.run.about.get("fast_paths"):
-            self._add({"event": "about", "step": state.global_step, "about": {"fast_paths": paths}})
+        if self._has_told_fast_paths:
+            return
         self._has_told_fast_paths = True
+        paths = about_fast_paths(self._trainer)
+        if paths != self.run.about.get("fast_paths"):
+            self._add({"event": "about", "step": state.global_step, "about": {"fast_paths": paths}})
 
     def _new_metrics(self) -> dict[str, float]:
         """Means of what TRL has collected since the step before; it begins new lists when it has logged."""
