@@ -369,6 +369,22 @@ def test_a_constant_reward_is_not_always_a_problem(value, about, severity):
     assert (found.severity if found else None) == severity
 
 
+def test_all_rewards_without_scores_are_named():
+    rewards = [CORRECTNESS, replace(FORMAT, name="one", weight=0.0), replace(FORMAT, name="other", weight=0.0)]
+    nothing = [None] * (GROUPS * SIZE)
+    run = run_of({CORRECTNESS.name: scores()[CORRECTNESS.name], "one": nothing, "other": nothing}, rewards=rewards)
+    finding = holding(run)["reward-without-scores"]
+    assert "one returned None" in finding.evidence
+    assert "other returned None" in finding.evidence
+    assert finding.severity == HINT  # metrics, both of them
+    run.about["rewards"][2]["weight"] = 1.0
+    assert holding(run)["reward-without-scores"].severity == PROBLEM
+
+
+def test_who_asks_for_more_kl_gets_it_without_a_finding():
+    assert "kl-of-passes" not in holding(run_of(metrics={"iteration/2/approx_kl": 0.03}, target_kl=0.04))
+
+
 def test_log_probabilities_of_sampler_and_trainer_that_drift_apart():
     name = "sampling/sampling_logp_difference/mean"
     assert "sampler-disagrees" not in holding(run_of(metrics={name: 0.04}))

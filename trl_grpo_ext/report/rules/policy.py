@@ -246,13 +246,16 @@ def kl_to_reference(run: Run) -> Found | None:
 @rule(
     "kl-of-passes",
     "The policy moves too far within the passes over a batch of rollouts",
-    when=f"the median of {PASSES} passes' KL to the policy that sampled is above {KL_PASSES:g} nats a token",
-    remedy="Set target_kl (0.01 to 0.05), or lower learning_rate or num_iterations.",
+    when=f"the median of {PASSES} passes' KL to the policy that sampled is above {KL_PASSES:g} nats a token, and "
+    "above target_kl",
+    remedy="Set target_kl (0.01 to 0.02), or lower learning_rate or num_iterations.",
     explained_by=("old-rollouts",),
 )
 def kl_of_passes(run: Run) -> Found | None:
     found = _farthest_pass(run, "approx_kl")
-    if found is None or found[1] <= KL_PASSES:
+    target = run.settings.get("target_kl")
+    asked_for = target if isinstance(target, int | float) else 0.0
+    if found is None or found[1] <= max(KL_PASSES, asked_for):
         return None
     number, value, step = found
     return Found(
