@@ -31,7 +31,7 @@ CURVES = {  # what the learning curve shows: its name in the file, the set of pr
     "sampled": ("heldout", "strict_mean@4"),
     "unseen": ("heldout_templates", "strict"),
 }
-TITLE_SIZE, SMALL = 11.5, 9.5
+TITLE_SIZE, SMALL = 12, 10
 Point = tuple[float, float]
 
 
@@ -101,7 +101,7 @@ def learning_curve(data: dict[str, Any], colors: Colors) -> Figure:
     first, last = (percent(data["greedy"][place][0]) for place in (0, -1))
     steps = data["step"]
     title = f"Held-out accuracy rises from {first:.1f} to {last:.1f} % in {steps[-1]} steps"
-    figure, axes = new_axes(5.7, 3.5, title, colors)
+    figure, axes = new_axes(5.6, 3.5, title, colors)
     lines = (  # a curve, its color and marker, and its label: the text, and how far it stands from the last point
         ("greedy", colors.blue, "o", "greedy", (8, 0), "left"),
         ("sampled", colors.orange, "s", "mean of\n4 samples", (8, 0), "left"),
@@ -124,7 +124,7 @@ def learning_curve(data: dict[str, Any], colors: Colors) -> Figure:
 def update_cost(data: dict[str, Any], colors: Colors) -> Figure:
     ratios = [load["ratio"] for load in data["workloads"]]
     title = f"The same gradient in a {ordinal(min(ratios))} to a {ordinal(max(ratios))} of TRL's time"
-    figure, axes = new_axes(5.7, 4.0, title, colors)
+    figure, axes = new_axes(5.6, 4.0, title, colors)
     for place, (load, ratio) in enumerate(zip(data["workloads"], ratios, strict=True)):
         for offset, name, color, ink in (
             (0.0, "trl_s", colors.bar, colors.ink),
