@@ -123,7 +123,7 @@ def learning_curve(data: dict[str, Any], colors: Colors) -> Figure:
 
 def update_cost(data: dict[str, Any], colors: Colors) -> Figure:
     ratios = [load["ratio"] for load in data["workloads"]]
-    title = f"The same gradient in a {ordinal(min(ratios))} to a {ordinal(max(ratios))} of TRL's time"
+    title = f"The same gradient, {min(ratios):.0f} to {max(ratios):.0f} times as fast as TRL"
     figure, axes = new_axes(5.6, 4.0, title, colors)
     for place, (load, ratio) in enumerate(zip(data["workloads"], ratios, strict=True)):
         for offset, name, color, ink in (
@@ -142,11 +142,6 @@ def update_cost(data: dict[str, Any], colors: Colors) -> Figure:
     axes.grid(axis="x", color=colors.grid, linewidth=0.8)
     axes.set_xlabel(f"seconds of a generation batch's update ({data['machine']})", fontsize=SMALL, color=colors.ink)
     return figure
-
-
-def ordinal(number: float) -> str:
-    words = {4: "fourth", 5: "fifth", 6: "sixth", 7: "seventh", 8: "eighth", 17: "seventeenth"}
-    return words.get(round(number), f"{round(number)}th")
 
 
 def packed_row(data: dict[str, Any], colors: Colors) -> Figure:

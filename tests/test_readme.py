@@ -24,8 +24,10 @@ PENDING = {
     *(f"recipes/guides/{name}.md" for name in ("doctor", "from-trl", "is-it-learning", "lora", "metrics", "own-data")),
     *(f"recipes/guides/{name}.md" for name in ("reward-functions", "tracking")),
     "recipes/walkthrough.ipynb",
-    *(f"trl_grpo_ext/report/{name}.py" for name in ("callback", "doctor", "page", "pictures", "summary", "watch")),
-    *(f"trl_grpo_ext/{name}.py" for name in ("interrupt", "memory", "preflight")),
+    *(f"trl_grpo_ext/report/{name}.py" for name in ("about", "callback", "completions", "doctor", "page", "pictures")),
+    *(f"trl_grpo_ext/report/{name}.py" for name in ("summary", "watch", "windows")),
+    *(f"trl_grpo_ext/{name}.py" for name in ("interrupt", "memory", "preflight", "rehearsal", "signals", "versions")),
+    *(f"scripts/{name}.py" for name in ("build_docs", "build_walkthrough", "check_doctor")),
     "doctor",
     "report",
 }
@@ -103,7 +105,7 @@ def test_every_guide_is_in_the_index():
 def commands_in_text(text):
     """Commands that stand in a sentence or a table."""
     for command in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)):
-        if re.match(r"(accelerate launch|trl-grpo-ext \w+ |trl grpo|sbatch|python scripts|bash scripts)", command):
+        if re.match(r"(accelerate launch \S|trl-grpo-ext \w+ |trl grpo|sbatch|python scripts|bash scripts)", command):
             yield command
 
 
