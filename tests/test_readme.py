@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 from urllib.parse import unquote
 
+import matplotlib
 import pytest
 from launch import load_script
 
@@ -185,6 +186,8 @@ def script():
 
 
 def test_the_pictures_are_those_of_their_figures(script, tmp_path):
+    if f"matplotlib=={matplotlib.__version__}" not in (ROOT / "constraints.txt").read_text().splitlines():
+        pytest.skip("another version of matplotlib draws other bytes")
     drawn = script.draw(tmp_path)
     assert {file.name for file in drawn} == {file.name for file in PICTURES.glob("*.svg")}
     for file in drawn:
