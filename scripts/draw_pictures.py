@@ -103,8 +103,8 @@ def learning_curve(data: dict[str, Any], colors: Colors) -> Figure:
     title = f"Held-out accuracy rises from {first:.1f} to {last:.1f} % in {steps[-1]} steps"
     figure, axes = new_axes(5.6, 3.5, title, colors)
     lines = (  # a curve, its color and marker, and its label: the text, and how far it stands from the last point
-        ("greedy", colors.blue, "o", "greedy", (8, 0), "left"),
-        ("sampled", colors.orange, "s", "mean of\n4 samples", (8, 0), "left"),
+        ("greedy", colors.blue, "o", "greedy", (8, 4), "left"),
+        ("sampled", colors.orange, "s", "mean of\n4 samples", (8, -5), "left"),
         ("unseen", colors.muted, "D", "greedy, on sentences that were never trained on", (0, 15), "right"),
     )
     for name, color, marker, label, offset, side in lines:
