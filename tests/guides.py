@@ -2,14 +2,14 @@ r"""Reads the guides, and runs what stands in them: tests of pages that are writ
 
 How a block of a page (`recipes/guides/*.md`) is run, in the order in which they stand, in a folder of the page's own:
 
-- A ```python block is run in one namespace with the others of its page; a ```text block behind it is in what it prints.
-- A ```bash block: of each command the options are held against those of the program. Commands that take seconds are run.
-- `<!-- file: NAME -->` on the line before a block of any kind: it is written to that file, and Python is not run here.
+- ```python: in one namespace with the others of its page; a ```text block behind it is in what it prints.
+- ```bash: the options of each command are held against those of its program, and commands that take seconds are run.
+- `<!-- file: NAME -->` on the line before any block: it is written to that file, and Python is not run here.
 - `<!-- not run: WHY -->` there: the block is compiled, its names and options are looked up, and that is all.
 
-What a reader sees is what somebody would write for a GPU and the hub. What is put in its place is all here: `MODELS` lie
-in the hub's cache under the names of the hub, `DATASETS` stand for data sets of the hub, and the settings of `SMALL` go
-over those of each `GRPOConfig`, which is checked as it is written before.
+What a reader sees is what somebody would write for a GPU and the hub. What is put in its place is all here: `MODELS`
+lie in the hub's cache under the names of the hub, `DATASETS` stand for data sets of the hub, and the settings of
+`SMALL` go over those of each `GRPOConfig`, which is checked as it is written before; a hundred steps are one.
 """
 
 import ast
@@ -22,7 +22,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ SMALL = {
     **PLACE,
     "bf16": False,
     "gradient_checkpointing": False,
-    "max_steps": 2,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 4,
     "gradient_accumulation_steps": 1,
@@ -246,11 +245,8 @@ def help_of(subcommand: str) -> str:
     from trl_grpo_ext.cli import main
 
     printed = io.StringIO()
-    with redirect_stdout(printed), patch.dict(os.environ, COLUMNS="1000"):
-        try:
-            main([subcommand, "--help"])
-        except SystemExit as error:
-            assert not error.code
+    with redirect_stdout(printed), patch.dict(os.environ, COLUMNS="1000"), suppress(SystemExit):
+        main([subcommand, "--help"])
     return printed.getvalue()
 
 
@@ -270,7 +266,8 @@ def run_command(words: Sequence[str]) -> str:
         try:
             main(list(words[1:]))
         except SystemExit as error:
-            assert not error.code, f"{shlex.join(words)}: {printed.getvalue()}"
+            if error.code:
+                raise AssertionError(f"{shlex.join(words)}: {printed.getvalue()}") from error
     return printed.getvalue()
 
 
@@ -326,8 +323,10 @@ def small_runs() -> Iterator[None]:
             config_as_written = copy.copy(config) if settings is PLACE else config
             for name, value in settings.items():
                 setattr(config_as_written, name, value)
-            if settings is PLACE and config.use_vllm:
-                continue
+            if settings is SMALL:
+                for name in ("max_steps", "save_steps", "eval_steps"):
+                    steps = getattr(config, name) or 0
+                    setattr(config, name, int(steps / 100) if steps >= 100 else 2)
             original(config_as_written)
 
     with patch.object(GRPOConfig, "__post_init__", check_and_make_small):
@@ -337,11 +336,11 @@ def small_runs() -> Iterator[None]:
 @contextmanager
 def hub_of_tiny_models(folder: Path) -> Iterator[None]:
     """The hub's cache with tiny models in it, under the names of the hub."""
+    import trl
     from huggingface_hub.constants import HF_HUB_CACHE
     from tiny import save_tiny_reward_model
     from transformers import AutoTokenizer
 
-    import trl
     from trl_grpo_ext.embedded_policy import embedded_policy_path
 
     templates = Path(trl.__file__).parent / "chat_templates"
@@ -390,10 +389,10 @@ def hub_of_made_up_data() -> Iterator[None]:
             name: datasets.Dataset.from_list(
                 [
                     {"question": row["prompt"][-1]["content"], "answer": f"So it is.\n#### {row['answer']}"}
-                    for row in load_arithmetic("train" if name == "train" else "heldout", 32)
+                    for row in load_arithmetic("train" if name == "train" else "heldout", rows)
                 ]
             )
-            for name in ("train", "test")
+            for name, rows in (("train", 32), ("test", 6))
         }
         return datasets.DatasetDict(splits) if split is None else splits[split]
 
