@@ -256,7 +256,7 @@ def help_of(subcommand: str) -> str:
 
 # Running
 
-RUN_SUBCOMMANDS = ("audit", "compare", "grade", "report", "score")
+RUN_SUBCOMMANDS = ("audit", "compare", "doctor", "grade", "report", "score")
 
 
 def run_command(words: Sequence[str]) -> str:
@@ -268,7 +268,7 @@ def run_command(words: Sequence[str]) -> str:
     printed = io.StringIO()
     with redirect_stdout(printed), redirect_stderr(printed):
         try:
-            main(list(words[1:]))
+            main([*words[1:], *(("--use_cpu", "true") if words[1] == "doctor" else ())])
         except SystemExit as error:
             if error.code:
                 raise AssertionError(f"{shlex.join(words)}: {printed.getvalue()}") from error
@@ -330,7 +330,7 @@ def small_runs() -> Iterator[None]:
             if settings is SMALL:
                 for name in ("max_steps", "save_steps", "eval_steps"):
                     steps = getattr(config, name) or 0
-                    setattr(config, name, int(steps / 100) if steps >= 100 else 2)
+                    setattr(config, name, max(1, int(steps / 100)))
             original(config_as_written)
 
     with patch.object(GRPOConfig, "__post_init__", check_and_make_small):

@@ -22,8 +22,6 @@ from guides import (
     small_runs,
 )
 from launch import ROOT
-from read_wandb import logged_to_wandb
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trl_grpo_ext import EvaluationCallback, GRPOExtConfig, GRPOExtTrainer
 from trl_grpo_ext.embedded_policy import embedded_policy_path
@@ -36,6 +34,8 @@ PAGES = sorted(GUIDES.glob("*.md"))
 # Pages whose blocks are parts of scripts, which stand in a text that explains them: looked at, not run.
 OF_PARTS = ("development", "doctor", "evaluation", "launch", "passes", "rewards", "runs", "update", "vllm")
 WHOLE = [page for page in PAGES if page.stem not in OF_PARTS]
+
+NEEDED = {"tracking": ("tensorboard", "wandb")}  # packages that nothing else needs
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
@@ -60,6 +60,24 @@ def test_what_a_page_shows_can_be_had(page, tmp_path):
                         raise AssertionError(f"{block}: {' '.join(words)}: {error}") from error
 
 
+@each_page
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        if file.startswith("http"):
+            continue
+        found = (GUIDES / file).resolve() if file else page
+        if not found.exists() and found.stem in OF_PARTS:
+            continue
+        assert found.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, (
+                target
+            )
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     with hub_of_tiny_models(tmp_path_factory.mktemp("models")), hub_of_made_up_data():
@@ -71,6 +89,8 @@ def hub(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
 @pytest.mark.parametrize("page", WHOLE, ids=lambda page: page.stem)
 def test_a_page_runs(page, tmp_path):
+    for package in NEEDED.get(page.stem, ()):
+        pytest.importorskip(package)
     with in_a_folder(tmp_path), small_runs(), patch.dict(os.environ):  # what a page sets is put back
         try:
             run_page(page)
@@ -82,6 +102,9 @@ def test_a_page_runs(page, tmp_path):
 
 def check_trackers(folder):
     """What the page on tracking says: which name stands where, in each tracker."""
+    from read_wandb import logged_to_wandb
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     (events,) = (folder / "outputs" / "run" / "runs").glob("*")
     accumulator = EventAccumulator(str(events)).Reload()
     of_tensorboard = set(accumulator.Tags()["scalars"])
