@@ -47,7 +47,7 @@ class SaveOnInterrupt(TrainerCallback):
             self._is_within = True
 
     def on_step_begin(self, args, state, control, **kwargs):
-        SIGNALS.doing = f"in step {state.global_step + 1}"
+        SIGNALS.doing = f"step {state.global_step + 1}"
         SIGNALS.is_deferred = True
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -346,7 +346,7 @@ def print_summary(
     after: Mapping[str, Figures] | None,
     titles: Mapping[str, str] | None = None,
 ) -> None:
-    """Show figures before and after side by side, each with its interval.
+    """Show the main figures before and after side by side, each with its interval; the file has all.
 
     Args:
         summary, before, after:
@@ -358,7 +358,7 @@ def print_summary(
     for name in after or before or {}:
         columns = {when: sets[name] for when, sets in (("before", before), ("after", after)) if sets is not None}
         items = next(iter(columns.values())).items
-        show(partial(table_of, columns, title=f"{(titles or {}).get(name, name)}, {items} items, in %"))
+        show(partial(table_of, columns, title=f"{(titles or {}).get(name, name)}, {items} items, in %", is_short=True))
     print(
         f"{summary['optimizer_steps']} optimizer steps, {summary['seconds']:.0f} s; "
         f"summary and model are in {summary['output_dir']}"

@@ -59,14 +59,14 @@ class Signals:
         goes_on (`str`):
             What to do afterwards, as the end of a line that says that the process ends at once.
         doing (`str`):
-            What it is doing meanwhile, for the line that says that it takes long.
+            What is waited for: "step 7".
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.is_deferred = False
         self.goes_on = "there is no checkpoint to go on from"
-        self.doing = "in a step"
+        self.doing = "this step"
         self._previous: dict[int, Any] = {}
         self._depth = 0
         self._is_ending = False
@@ -177,7 +177,7 @@ class Signals:
             if self.number is None:
                 came_at, self.number = monotonic(), number
                 if self.is_deferred and is_first_rank():
-                    say(f"\n{name_of(number)}: {self.doing}; then it saves a checkpoint and ends. {_at_once()}")
+                    say(f"\n{name_of(number)}: ends when {self.doing} is done and saved. {_at_once()}")
             elif monotonic() - came_at >= echo_s:
                 if is_first_rank():
                     say(f"\nended by a second {name_of(number)}, without saving: {self.goes_on}")
@@ -187,7 +187,7 @@ class Signals:
         if not is_first_rank():
             return
         limit = "; torchrun ends its processes after 30 s if it got the signal too" if of_torchrun else ""
-        say(f"\nstill {self.doing}, {seconds:.0f} s after {name_of(self.number or 0)}{limit}. {_at_once()}")
+        say(f"\nstill at {self.doing}, {seconds:.0f} s after {name_of(self.number or 0)}{limit}. {_at_once()}")
 
 
 SIGNALS = Signals()
