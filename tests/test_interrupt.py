@@ -237,7 +237,7 @@ def test_sigterm_is_left_to_transformers(ended, policy, tmp_path):
 
 # The recipe, as users start it and as a terminal interrupts it
 
-STEPS = 24
+STEPS = 9
 SMALL = {
     "max_steps": STEPS,
     "per_device_train_batch_size": 16,

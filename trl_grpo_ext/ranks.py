@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers import TrainerCallback
 
 from .exits import Stop, one_line, stop
-from .signals import LAUNCHER_VARIABLE, SIGNALS
+from .signals import LAUNCHER_VARIABLE, SIGNALS, Interrupted, say
 from .trackers import finish_trackers
 
 
@@ -72,12 +72,14 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
     if is_one_of_several or _is_launched():
         threading.Thread(target=_end_with_launcher, args=(launcher, is_done, is_one_of_several), daemon=True).start()
     if not is_one_of_several:
+        SIGNALS.is_said_later = _is_launched()  # once, and not before the launcher's own report
         try:
             with SIGNALS:
                 main(*arguments)
         except SystemExit as stopped:
-            if stopped.code != 128 + signal.SIGINT:  # of that the launcher has known by itself, and has reported it
-                _repeat_after(launcher, _line_of(stopped))
+            is_repeated = _repeat_after(launcher, _line_of(stopped))
+            if isinstance(stopped, Interrupted) and not stopped.is_said and not is_repeated:
+                say(stopped.line)
             raise
         except Exception as error:
             _repeat_after(launcher, f"error: {type(error).__name__}: {one_line(error)}")
@@ -197,10 +199,14 @@ if end.poll(1000 * int(sys.argv[2])):
 """
 
 
-def _repeat_after(launcher: int, line: str | None) -> None:
-    """Say a line again when the process `launcher` has ended, if it is one; a shell, for one, is not."""
+def _repeat_after(launcher: int, line: str | None) -> bool:
+    """Say a line again when the process `launcher` has ended, if it is one; a shell, for one, is not.
+
+    Returns:
+        `bool`: Whether that will be done.
+    """
     if line is None or not _is_launched() or os.getppid() != launcher or LAUNCHER_VARIABLE in os.environ:
-        return
+        return False
     try:
         handle = os.pidfd_open(launcher)
         process = subprocess.Popen(
@@ -211,7 +217,8 @@ def _repeat_after(launcher: int, line: str | None) -> None:
             start_new_session=True,
         )
     except (AttributeError, OSError):
-        return  # not on Linux, or no process can be started: the line has been said once
+        return False  # not on Linux, or no process can be started
     assert process.stdin is not None
     with process.stdin:
         process.stdin.write(f"{line}\n".encode())
+    return True

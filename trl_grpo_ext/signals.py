@@ -40,10 +40,11 @@ LAUNCHER_MODULES = ("accelerate", "torch.distributed", "deepspeed", "trl_grpo_ex
 
 
 class Interrupted(Stop):
-    """What ends a process after a signal; the line has been said, and the status is 128 and the signal's number."""
+    """What ends a process after a signal, with the status 128 and the signal's number; most often its line is said."""
 
-    def __init__(self, number: int, line: str) -> None:
+    def __init__(self, number: int, line: str, is_said: bool = True) -> None:
         super().__init__(128 + number, line)
+        self.is_said = is_said
 
 
 class Signals:
@@ -60,6 +61,8 @@ class Signals:
             What to do afterwards, as the end of a line that says that the process ends at once.
         doing (`str`):
             What is waited for: "step 7".
+        is_said_later (`bool`):
+            Whether whoever catches [`Interrupted`] says its line.
     """
 
     def __init__(self) -> None:
@@ -67,6 +70,7 @@ class Signals:
         self.is_deferred = False
         self.goes_on = "there is no checkpoint to go on from"
         self.doing = "this step"
+        self.is_said_later = False
         self._previous: dict[int, Any] = {}
         self._depth = 0
         self._is_ending = False
@@ -88,7 +92,7 @@ class Signals:
             self._end()
 
     def _begin(self) -> None:
-        self.__dict__.update({**Signals().__dict__, "_depth": self._depth})
+        self.__dict__.update({**Signals().__dict__, "_depth": 1, "is_said_later": self.is_said_later})
         free = [
             number for number in HANDLED if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
         ]
@@ -145,9 +149,9 @@ class Signals:
         """End the process because of a signal: say a line on the first rank, and raise [`Interrupted`]."""
         self._is_ending = True
         line = f"ended by {name_of(number)}: {self.goes_on}" if line is None else line
-        if is_first_rank():
+        if is_first_rank() and not self.is_said_later:
             say(line)
-        raise Interrupted(number, line)
+        raise Interrupted(number, line, not self.is_said_later)
 
     # In a thread of its own
 
