@@ -10,6 +10,8 @@ from typing import Any
 _NO_NEWS = {
     "DeepSpeed": ("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.",),
     "accelerate.commands.launch": ("The following values were not passed to `accelerate launch`",),
+    "torch.distributed.elastic.agent.server.api": ("Received ",),  # a signal, and passes it on
+    "torch.distributed.elastic.multiprocessing.api": ("Sending process",),
 }
 
 

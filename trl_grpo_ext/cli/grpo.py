@@ -4,7 +4,6 @@ Options of `accelerate launch` (`--num_processes 8`, `--accelerate_config zero2`
 the command line and in the file.
 """
 
-import logging
 import os
 import signal
 import subprocess
@@ -60,7 +59,6 @@ def launch(arguments: Namespace) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # "Sending process 7 closing signal"
     with signals_passed_on(), set_in_environment(LAUNCHER_VARIABLE, "1"):
         try:
             launch_command(arguments)
