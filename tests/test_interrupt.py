@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: when they end a process, what is saved before, and the command that goes on."""
 
+import logging
 import os
 import shlex
 import signal
@@ -17,8 +18,10 @@ from transformers import TrainerCallback
 
 from trl_grpo_ext import signals
 from trl_grpo_ext.checkpoints import find_unresumable, whole_checkpoints
+from trl_grpo_ext.cli.grpo import end_as
 from trl_grpo_ext.config import GRPOExtConfig
 from trl_grpo_ext.interrupt import SaveOnInterrupt
+from trl_grpo_ext.screen import hide_no_news
 from trl_grpo_ext.signals import Interrupted, Signals, command_that_goes_on
 from trl_grpo_ext.trainer import GRPOExtTrainer
 
@@ -173,6 +176,24 @@ def test_the_command_that_goes_on(words, command):
 )
 def test_what_a_launcher_is(parent, is_launcher):
     assert signals._is_launcher(parent) is is_launcher
+
+
+@pytest.mark.parametrize(("ended_as", "status", "says"), [(2, 2, ""), (143, 143, ""), (-9, 137, "SIGKILL")])
+def test_a_launcher_ends_as_its_process(capsys, ended_as, status, says):
+    with pytest.raises(SystemExit) as stopped:
+        end_as(ended_as)
+    assert stopped.value.code == status
+    said = capsys.readouterr().err
+    assert says in said
+    assert bool(said) is bool(says)  # a process that has ended by itself has said why
+
+
+def test_only_what_is_no_news_is_left_out(caplog):
+    hide_no_news()
+    logger = logging.getLogger("DeepSpeed")
+    logger.warning("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.")
+    logger.warning("Something else.")
+    assert [record.getMessage() for record in caplog.records if record.name == "DeepSpeed"] == ["Something else."]
 
 
 # Training
