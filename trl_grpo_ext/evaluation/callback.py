@@ -20,6 +20,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers import ProgressCallback, TrainerCallback
 
+from ..interrupt import has_interrupted
 from .answers import read_answers, write_answers, write_at_once, write_lines
 from .driver import check_problems, evaluate
 from .figures import Figures, figures_of
@@ -171,7 +172,7 @@ class EvaluationCallback(TrainerCallback):
         metrics.update(self._to_logs(self._latest_figures))
 
     def on_train_end(self, args, state, control, **kwargs):
-        if not self.at_ends:
+        if not self.at_ends or has_interrupted(self._trainer):
             return
         has_other_weights = (
             args.load_best_model_at_end

@@ -187,7 +187,7 @@ def values_of_samples(
     return values
 
 
-def table_of(figures: Figures | Mapping[str, Figures], title: str | None = None) -> "Table":
+def table_of(figures: Figures | Mapping[str, Figures], title: str | None = None, *, is_short: bool = False) -> "Table":
     """Figures as a table, in percent: the mean, and beside it the interval.
 
     Of the samples' figures those under the convention `answer` and `strict_mean@n`; the others are in the figures.
@@ -197,6 +197,9 @@ def table_of(figures: Figures | Mapping[str, Figures], title: str | None = None)
             One set, or several by their names, side by side.
         title (`str`, *optional*):
             Stands above it.
+        is_short (`bool`, *optional*, defaults to `False`):
+            Only what a run is judged by: `strict`, its mean over samples and `pass@n` for the most of them, and the
+            completions' format and length.
     """
     from rich.table import Table
 
@@ -207,7 +210,7 @@ def table_of(figures: Figures | Mapping[str, Figures], title: str | None = None)
         table.add_column(name or "%", justify="right", no_wrap=True)
         table.add_column("95 %", justify="left", no_wrap=True)
     shown = dict.fromkeys(name for found in sets.values() for name in found.estimates if _is_shown(name))
-    names = sorted(shown, key=_section_of)
+    names = sorted(_most_important(shown) if is_short else shown, key=_section_of)
     for name, following in zip(names, [*names[1:], *names[-1:]], strict=True):
         cells = [cell for found in sets.values() for cell in _cells(name, found.estimates.get(name))]
         table.add_row(name, *cells, end_section=_section_of(name) != _section_of(following))
@@ -235,6 +238,13 @@ def _is_shown(name: str) -> bool:
     """Whether a figure is one of the few for a table or a tracker: of samples, one convention's are enough."""
     prefixes = tuple(prefix_of(convention) for convention in CONVENTIONS if convention != MAIN)
     return not _is_of_samples(name) or name.startswith("strict_mean@") or not name.startswith(prefixes)
+
+
+def _most_important(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    samples = max((int(name.partition("@")[2]) for name in names if name.startswith("mean@")), default=0)
+    important = ("strict", f"strict_mean@{samples}", f"pass@{samples}", "format", "truncated", "tokens")
+    return [name for name in names if name in important]
 
 
 def prefix_of(convention: str) -> str:
