@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from trl_grpo_ext import signals
 from trl_grpo_ext.checkpoints import find_unresumable, whole_checkpoints
-from trl_grpo_ext.cli.grpo import end_as
+from trl_grpo_ext.cli.launch import end_as
 from trl_grpo_ext.config import GRPOExtConfig
 from trl_grpo_ext.interrupt import SaveOnInterrupt
 from trl_grpo_ext.screen import hide_no_news

@@ -534,7 +534,7 @@ class MultiIterationMixin(OrderedMixin):
         if metrics.get("iteration/1/clip_ratio") == 0.0 and has_no_loss and not self._has_explained_zeros:
             self._has_explained_zeros = True
             logger.warning(
-                "clip_ratio is 0 on the first pass over a batch of rollouts, and so is the loss without a KL term: "
+                "clip_ratio is 0 on the first pass over a batch of rollouts, and the loss without a KL term is near 0: "
                 "that is right. The policy still is the one that sampled, every ratio is 1, and advantages are 0 on "
                 "average; the gradient is not 0."
             )

@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "audit": "which of a data set's own references get no full marks from a bundle of rewards",
     "score": "a bundle of rewards over a file of completions",
     "grpo": "train: all that `trl grpo` takes, with GRPOExtTrainer",
+    "launch": "`accelerate launch` for a script of yours, without its own warnings and tracebacks",
 }
 USAGE = "usage: trl-grpo-ext SUBCOMMAND [options]"
 
