@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import random
 from collections import deque
 from inspect import unwrap
@@ -15,6 +16,7 @@ from transformers import AttentionInterface, MambaConfig, MambaForCausalLM, Qwen
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from trl import GRPOTrainer
+from trl.trainer import grpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_grpo_ext import compat
@@ -182,6 +184,61 @@ def test_state(trained):
     for name in ("epsilon_low", "epsilon_high", "beta", "importance_sampling_level", "max_completion_length"):
         assert hasattr(trainer, name)
     assert trainer.current_gradient_accumulation_steps == 1
+
+
+def test_metrics_and_columns(trained):
+    trainer, _ = trained
+    compat.append_metric(trainer, "kept", 2.0)
+    compat.append_metric(trainer, "lost", math.nan)
+    assert compat.metrics_of_training(trainer)["kept"] == [2.0]
+    compat.drop_metrics_without_value(trainer)
+    assert "lost" not in compat.metrics_of_training(trainer)
+    assert compat.metrics_of_training(trainer)["kept"] == [2.0]
+    compat.log_column(trainer, "mine", [1, 2])
+    assert compat.columns_logged_by_rewards(trainer)["mine"] == [1, 2]
+
+
+def test_observed_generations():
+    """Who looks at a method is not taken for its owner, and leaves it as it was, whatever was put before it since."""
+
+    class Trainer(GRPOTrainer):
+        def __init__(self):
+            pass
+
+        def _generate(self, prompts):
+            return ["whole", *prompts]
+
+    def observe(trainer, called):
+        def see(method, *args):
+            called.append(args)
+            return method(*args)
+
+        return compat.ObservedGenerations(trainer, batch=see, completions=see, rewards=see)
+
+    trainer, called = Trainer(), []
+    observed = observe(trainer, called)
+    assert trainer._generate(["a"]) == ["whole", "a"]
+    assert called == [(["a"],)]
+    assert compat.foreign_override(trainer, "_generate_and_score_completions") is None
+    assert compat.foreign_override(trainer, "_generate") == "Trainer._generate"
+    observed.end()
+    assert not vars(trainer)
+
+    observed = observe(trainer, called)
+    behind = trainer._generate
+    trainer._generate = lambda prompts: [*behind(prompts), "last"]
+    observed.end()
+    assert trainer._generate(["b"]) == ["whole", "b", "last"]
+    assert called == [(["a"],)]
+
+
+def test_completions_are_shown_by_trls_function():
+    shown = []
+    with compat.completions_shown_by(lambda show, *args, **kwargs: shown.append((show, args, kwargs))):
+        grpo_trainer.print_prompt_completions_sample(["p"], ["c"], {}, [0.0], 1, None, extra={})
+    assert shown == [(grpo_trainer.print_prompt_completions_sample, (["p"], ["c"], {}, [0.0], 1, None), {"extra": {}})]
+    # that TRL calls it by this name, and with these arguments
+    assert "print_prompt_completions_sample" in unwrap(GRPOTrainer.log).__code__.co_names
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,6 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils.logging import disable_progress_bar
 from trl import GRPOTrainer, ModelConfig
 
-from . import __version__
 from .arguments import suggestion
 from .checkpoints import CheckpointError
 from .config import GRPOExtConfig
@@ -40,13 +38,14 @@ from .runs import BeginRun, RunError, Start, choose_start
 from .screen import show
 from .script_arguments import RunArguments
 from .signals import SIGNALS, command_line, command_that_goes_on
+from .trackers import DescribeRun
+from .versions import installed_versions
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SUMMARY_FILE = "summary.json"
-PACKAGES = ("torch", "trl", "transformers", "accelerate", "datasets", "peft")
 
 # TRL and transformers still use the old name between themselves; there is nothing that a user could change.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
@@ -243,9 +242,9 @@ def make_trainer(trainer_class: type[GRPOTrainer], start: Start, **options: Any)
     except (ValueError, ImportError, OSError) as error:
         stop(1, error)
     trainer.run_record = start.record
-    if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
+    if not trainer.args.disable_tqdm and trainer.pop_callback(ProgressCallback) is not None:  # none in a notebook
         trainer.add_callback(CompactProgress)
+    trainer.add_callback(DescribeRun(trainer, start.record.settings.get("dataset_name")))
     trainer.add_callback(BoundCollectiveCalls)
     trainer.add_callback(BeginRun(start))
     return trainer
@@ -329,11 +328,7 @@ def write_summary(
         "output_dir": trainer.args.output_dir,
         "seed": trainer.args.seed,
         "processes": trainer.accelerator.num_processes,
-        "versions": {
-            "python": sys.version.split()[0],
-            "trl_grpo_ext": __version__,  # there is no other record of it where a checkout is used as it is
-            **{package: version(package) for package in PACKAGES},
-        },
+        "versions": installed_versions(),
     }
     file = Path(trainer.args.output_dir, SUMMARY_FILE)
     file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
