@@ -233,7 +233,7 @@ def check_machine(machine: Machine, args: Any = None) -> list[Check]:
         is_full = gpu.free_gb < 0.8 * gpu.total_gb
         remedy = "another process holds memory on it: nvidia-smi names it" if is_full else ""
         rows.append(Check("GPU", NOTE if is_full else OK, found, remedy))
-        if args is not None and args.bf16 and not gpu.has_bf16:
+        if args is not None and args.wants_bf16 and not gpu.has_bf16:
             rows.append(Check("bf16", PROBLEM, f"{gpu.name} computes no bf16", "--bf16 false, or --fp16 true"))
     if not machine.gpus:
         rows.append(_without_gpus(machine, args))
@@ -252,11 +252,12 @@ def _without_gpus(machine: Machine, args: Any) -> Check:
     if machine.hidden_gpus:
         remedy = "install a torch built for this driver's CUDA, or look at CUDA_VISIBLE_DEVICES"
         return Check("GPU", NOTE, "there is a driver, and torch sees no GPU", remedy)
-    if args is None or args.use_cpu:
+    if args is None or not args.wants_gpu:
         return Check("GPU", OK, "none" if args is None else "none, and none is asked for (use_cpu)")
-    return Check(
-        "GPU", NOTE, "none: the run would be on the CPU", "to plan for another machine: --gpu_gb 80 --num_processes 8"
-    )
+    remedy = "--use_cpu true for a run on the CPU; to ask for another machine: --gpu_gb 80 --num_processes 8"
+    if args.wants_bf16:
+        return Check("GPU", PROBLEM, "none, and bf16 wants one: the run would not start here", remedy)
+    return Check("GPU", NOTE, "none: the run would be on the CPU", remedy)
 
 
 def _grouped(gpus: Iterable[Gpu]) -> dict[Gpu, list[int]]:
@@ -312,7 +313,7 @@ def check_batches(args: Any, num_processes: int, num_prompts: int | None) -> lis
     """What a generation, a step and the run consist of, in completions.
 
     Args:
-        args (`GRPOConfig`):
+        args ([`GRPOExtConfig`]):
             The settings.
         num_processes (`int`):
             Number of processes.
@@ -328,7 +329,7 @@ def check_batches(args: Any, num_processes: int, num_prompts: int | None) -> lis
         Check(
             "generation",
             OK,
-            f"{groups} prompts x {args.num_generations} completions = {per_process * num_processes}"
+            f"{_count(groups, 'prompt')} x {args.num_generations} completions = {per_process * num_processes}"
             + (f", {per_process} on each of {num_processes} processes" if num_processes > 1 else ""),
         ),
         Check(
@@ -372,7 +373,7 @@ def _check_length(args: Any, num_prompts: int | None, groups: int, updates: floa
     steps = args.max_steps
     if steps <= 0:
         if in_epoch is None:
-            return [Check("run", OK, f"{args.num_train_epochs:g} epochs, of unknown length")]
+            return [Check("run", OK, f"{_count(args.num_train_epochs, 'epoch')} of unknown length")]
         steps = math.ceil(args.num_train_epochs * in_epoch)
     generations = math.ceil(steps / updates)
     found = f"{_count(steps, 'optimizer step')}, {_count(generations, 'generation')}"
@@ -471,7 +472,7 @@ def check_fast_paths(paths: FastPaths, args: Any) -> list[Check]:
         "NEFTune": "leave --neftune_noise_alpha out",
     }
     remedy = next((text for word, text in remedies.items() if word in (paths.why_padded or "")), "")
-    found = f"one prompt, its completions, no padding; {paths.how_known}"
+    found = f"yes: each prompt once for all its completions, no padding; {paths.how_known}"
     if paths.why_padded is not None:
         found = f"no: {paths.why_padded}. Prompts are computed once for each completion"
     unwanted = paths.why_padded is not None and setting == "on"
@@ -625,7 +626,7 @@ def check_lengths(facts: DataFacts, max_completion_length: int, longest_position
         found = f"median {_median(facts.prompt_tokens)} tokens, longest {longest}"
         if longest_position is not None and longest + max_completion_length > longest_position:
             found += f"; and max_completion_length {max_completion_length}: the model has {longest_position} positions"
-            rows.append(Check("prompts", PROBLEM, found, "a smaller --max_completion_length, or another model"))
+            rows.append(Check("prompts", NOTE, found, "a smaller --max_completion_length, or another model"))
         else:
             rows.append(Check("prompts", OK, found))
     if facts.reference_tokens:
@@ -698,7 +699,7 @@ def check_references_of(
             checks.append(Check(name, NOTE, found))
         odd = report.not_numbers.get(grader.answer_column, [])
         if odd:
-            found = f"{len(odd):,} references are no plain numbers: right only character for character"
+            found = f"{_count(len(odd), 'reference')} no plain number: answers are right only character for character"
             remedy = "expressions want a symbolic reward, such as TRL's accuracy_reward"
             checks.append(Check(name, NOTE, found, remedy))
     return checks

@@ -93,7 +93,7 @@ def rehearse(config: Any, tokenizer: Any, training_args: Any, model_args: Any, l
         )
         trainer.use_vllm = training_args.use_vllm  # none was started
         trainer.model.train()
-        why_padded = "shared_prefix is 'off'"
+        why_padded: str | None = "shared_prefix is 'off'"
         if training_args.shared_prefix != "off":
             why_padded = find_obstacle(whole_model(config, trainer)) or ("" if trainer.packs else trainer.why_padded)
         if not why_padded and not trainer.packs_rows_of(longest_row):

@@ -16,7 +16,7 @@ SUBCOMMANDS = {
     "audit": "which of a data set's own references get no full marks from a bundle of rewards",
     "score": "a bundle of rewards over a file of completions",
     "grpo": "train: all that `trl grpo` takes, with GRPOExtTrainer",
-    "doctor": "before a run: what this machine, this model and these settings will get, and what is wrong",
+    "doctor": "what this machine, model and settings will get, before a run",
 }
 USAGE = "usage: trl-grpo-ext SUBCOMMAND [options]"
 

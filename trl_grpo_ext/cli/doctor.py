@@ -8,9 +8,10 @@ is said to be so. Exit status: 0 nothing is a problem, 1 something is, 2 wrong a
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, requires, version
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ trl-grpo-ext doctor --config run.yaml --gpu_gb 80 --num_processes 8    # on a lo
 """
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
+ARITHMETIC = "arithmetic"  # the recipe's default
 # Rows of which lengths are taken.
 ROWS_TOKENIZED = 500
 
@@ -156,19 +158,36 @@ def parse(arguments: Sequence[str]) -> tuple[Plan | None, DoctorOptions]:
     ours = launcher.training_script_args
     launch = launch_of(launcher)
 
-    class PlannedConfig(GRPOExtConfig):
-        """The settings as they are among so many processes."""
-
-        world_size = property(lambda self: launch.num_processes)
-
-    kinds[2] = PlannedConfig
+    kinds[2] = planned_config(GRPOExtConfig, launch.num_processes)
     parser = OneLineParser(kinds, prog=PROGRAM)
     try:
         options, *parsed = parser.parse_script(ours, ignore=[CHANGED, *launcher_options()])
     except ArgumentError as error:
         stop(2, error)
     asks_about_run = set(without_values(ours)) - {"--json", "--gpu_gb"}
-    return (Plan(*parsed, launch, parser.given) if asks_about_run else None), options
+    run, training, model, mixture = parsed
+    given = dict(parser.given)
+    if run.bundle is not None and run.dataset_name is None:
+        run.dataset_name = given["dataset_name"] = ARITHMETIC
+    plan = Plan(run, training, model, mixture, launch, given)
+    return (plan if asks_about_run else None), options
+
+
+def planned_config(base: Any, num_processes: int) -> type:
+    """A class of settings as they are among so many processes, which can be made where there is no GPU too."""
+    import torch
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    def fill_in(settings: Any) -> None:
+        settings.wants_gpu = not settings.use_cpu
+        settings.wants_bf16 = not settings.fp16 if settings.bf16 is None else settings.bf16
+        if not torch.accelerator.is_available():  # transformers would refuse bf16
+            settings.use_cpu = True
+        elif settings.wants_gpu and settings.wants_bf16 and not is_torch_bf16_gpu_available():
+            settings.bf16 = False
+        base.__post_init__(settings)
+
+    return type("PlannedConfig", (base,), {"world_size": property(lambda _: num_processes), "__post_init__": fill_in})
 
 
 def without_values(arguments: Sequence[str]) -> list[str]:
@@ -198,7 +217,7 @@ def launch_of(launcher: Any) -> "Launch":
     use_cpu = bool(launcher.cpu or content.get("use_cpu"))
     available = 1 if use_cpu else max(1, torch.cuda.device_count())
     num_processes = launcher.num_processes or content.get("num_processes") or available
-    name = Path(file).stem if launcher.config_file else "no launch configuration"
+    name = Path(launcher.config_file).stem if launcher.config_file else "no launch configuration"
     if uses_fsdp:
         return Launch(num_processes, "zero3", f"{name} (FSDP, counted as ZeRO-3)")
     if not uses_deepspeed:
@@ -232,7 +251,7 @@ def this_machine(plan: Plan | None, gpu_gb: float | None, is_offline: bool) -> "
     """The machine as torch sees it; with `--gpu_gb` another one's GPUs in their place."""
     import shutil
 
-    import psutil
+    import psutil  # type: ignore[import-untyped]
     import torch
 
     from ..preflight import GB, Gpu, Machine
@@ -256,7 +275,7 @@ def this_machine(plan: Plan | None, gpu_gb: float | None, is_offline: bool) -> "
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_gb=memory.total / GB,
         available_gb=memory.available / GB,
-        gpus=() if plan is not None and plan.training.use_cpu else tuple(gpus),
+        gpus=() if plan is not None and not plan.training.wants_gpu else tuple(gpus),
         disk_gb=disk,
         hidden_gpus=not gpus and shutil.which("nvidia-smi") is not None,
         is_planned=gpu_gb is not None,
@@ -279,7 +298,7 @@ def examine(plan: Plan | None, machine: "Machine") -> "Sections":
         for name, checks in {
             "model": (examination.check_model,),
             "data": (examination.check_data, examination.check_references, examination.check_lengths),
-            "settings": (examination.check_batches, examination.check_learning),
+            "settings": (examination.check_settings, examination.check_batches, examination.check_learning),
             "fast paths": (examination.check_fast_paths,),
             "memory": (examination.check_memory,),
             "output folder": (examination.check_start,),
@@ -359,7 +378,7 @@ class Examination:
         rows = []
         if folder is None:
             self.config = published_shape(name)
-            found = f"{name} is not on this machine" + (": its published shape is looked at" if self.config else "")
+            found = f"{name} is not on this machine"
             if self.machine.is_offline:
                 remedy = "name a folder, or download it where there is a network: hf download " + name
                 rows.append(Check("model", PROBLEM, f"{found}, and the hub must not be asked", remedy))
@@ -367,6 +386,7 @@ class Examination:
                 rows.append(Check("model", NOTE, f"{found}: the run downloads it", f"hf download {name}"))
             if self.config is None:
                 return rows
+            rows.append(Check("shape", OK, "taken from what is published of this model"))
         else:
             rows += self._load(name, folder)
         lora_rank = self.plan.model.lora_r if self.plan.model.use_peft else 0
@@ -421,8 +441,7 @@ class Examination:
     def check_data(self) -> "list[Check]":
         from ..preflight import NOTE, OK, ROWS_COMPARED, Check, check_prompts
 
-        run = self.plan.run
-        name = run.dataset_name or ("arithmetic" if self.plan.is_recipe else None)
+        name = self.plan.run.dataset_name
         if name is None and not self.plan.mixture.datasets:
             return [Check("data", NOTE, "no data set is named", "--dataset_name: a file, a folder or a name")]
         try:
@@ -506,6 +525,18 @@ class Examination:
 
     # Settings
 
+    def check_settings(self) -> "list[Check]":
+        from ..preflight import PROBLEM, Check
+        from ..script import check_settings
+
+        if self.plan.model.model_name_or_path is not None:
+            with redirect_stderr(StringIO()):  # it comes as a row
+                check_settings(self.plan.training, self.plan.model)
+        if self.plan.is_recipe and self.plan.training.remove_unused_columns:
+            found = "would remove the answers, which the rewards need"
+            return [Check("remove_unused_columns", PROBLEM, found, "leave it out")]
+        return []
+
     def check_batches(self) -> "list[Check]":
         from ..preflight import check_batches
 
@@ -519,11 +550,23 @@ class Examination:
         return check_settings_of_learning(self.plan.training, parameters, self.plan.model.use_peft)
 
     def check_fast_paths(self) -> "list[Check]":
-        from ..preflight import check_fast_paths
+        from ..preflight import OK, Check, check_fast_paths
 
         if self.config is None:
             return []
-        return check_fast_paths(self._rehearsed(), self.plan.training)
+        training, model = self.plan.training, self.plan.model
+        rows = check_fast_paths(self._rehearsed(), training)
+        left_out = {
+            "use_liger_kernel": training.use_liger_kernel,
+            "torch_compile": training.torch_compile,
+            "load_in_4bit": model.load_in_4bit,
+            "load_in_8bit": model.load_in_8bit,
+        }
+        names = ", ".join(name for name, is_on in left_out.items() if is_on)
+        if names:
+            found = f"{names}: the run itself holds packed rows against padded ones when it begins"
+            rows.append(Check("not tried here", OK, found))
+        return rows
 
     def _rehearsed(self) -> "FastPaths":
         from transformers import AutoTokenizer
@@ -532,7 +575,9 @@ class Examination:
         from ..rehearsal import rehearse
 
         tokenizer = self.tokenizer or AutoTokenizer.from_pretrained(embedded_policy_path())
-        return rehearse(self.config, tokenizer, self.plan.training, self.plan.model, self._longest_row)
+        paths = rehearse(self.config, tokenizer, self.plan.training, self.plan.model, self._longest_row)
+        # a CPU says nothing of the GPU that is meant
+        return replace(paths, kernel=None) if self.plan.training.wants_gpu and self.plan.training.use_cpu else paths
 
     @property
     def _longest_prompt(self) -> int:
@@ -594,7 +639,10 @@ def published_shape(name: str) -> Any:
 
 
 def amount(number: int) -> str:
-    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}"
+    return str(number)
 
 
 def may_be_on_hub(name: str | None) -> bool:
@@ -623,15 +671,16 @@ def load(plan: Plan) -> tuple[Any, dict[str, Any]]:
     return train, {"problems": choose_split(held, split, run.eval_dataset_name, run)}
 
 
-def load_recipe(plan: Plan, name: str | None) -> tuple[Any, dict[str, Any]]:
+def load_recipe(plan: Plan, name: str) -> tuple[Any, dict[str, Any]]:
     """The data sets of the recipe, which holds out the last rows of a file."""
     from ..tasks import load_arithmetic, load_problems
 
     run, seed = plan.run, plan.training.seed
-    if name is None or name == "arithmetic":
-        parts = {"problems": "heldout", "of unseen templates": "heldout_templates"}
-        heldout = {title: load_arithmetic(part, run.eval_items, seed) for title, part in parts.items()}
-        return load_arithmetic("train", run.train_items or 4096, seed), heldout
+    if name == ARITHMETIC:
+        return load_arithmetic("train", run.train_items or 4096, seed), {
+            "problems": load_arithmetic("heldout", run.eval_items, seed),
+            "of unseen templates": load_arithmetic("heldout_templates", run.eval_items, seed),
+        }
     train = load_problems(name, split="train", with_example=run.prompt_example)
     if run.eval_dataset_name is None and Path(name).is_file():
         if len(train) <= run.eval_items:
