@@ -324,3 +324,27 @@ def test_recipe_configurations_in_full(doctor, tmp_path, config):
     rows = doctor("--config", config, "--gpu_gb", "24", "--output_dir", tmp_path / "run")[1]
     if "Qwen" in Path(config).read_text():
         assert rows["packed rows"][0]["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("rate", "num_parameters", "uses_lora", "status"),
+    [
+        (1e-6, 500_000_000, False, "ok"),
+        (2e-4, 500_000_000, False, "note"),
+        (2e-4, 700_000, False, "ok"),
+        (1e-2, 700_000, False, "note"),
+        (1e-5, 500_000_000, True, "ok"),
+        (1e-9, None, True, "note"),
+    ],
+)
+def test_learning_rates(rate, num_parameters, uses_lora, status):
+    args = GRPOExtConfig("output", use_cpu=True, bf16=False, report_to="none", learning_rate=rate)
+    found = statuses(preflight.check_settings_of_learning(args, num_parameters, uses_lora))
+    assert found["learning rate"] == status
+
+
+def test_a_target_that_can_end_nothing_is_noted():
+    args = GRPOExtConfig("output", use_cpu=True, bf16=False, report_to="none", num_iterations=2, target_kl=0.1)
+    assert statuses(preflight.check_settings_of_learning(args, None, False))["target_kl"] == "note"
+    args.num_iterations = 4
+    assert statuses(preflight.check_settings_of_learning(args, None, False))["target_kl"] == "ok"

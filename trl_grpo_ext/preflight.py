@@ -102,7 +102,7 @@ def check_versions(
     for name, version in installed.items():
         if version is None:
             if name in required or name in wanted:
-                wants = str(ranges[name].specifier) if name in ranges else ""
+                wants = str(ranges[name].specifier) if name in ranges else TRL_TAKES_VLLM if name == "vllm" else ""
                 rows.append(Check(name, PROBLEM, "is not installed", f'pip install "{name}{wants}"'))
             else:
                 missing.append(name)
@@ -391,21 +391,20 @@ def _count(number: float, what: str) -> str:
     return f"{number:,.4g} {what}{'' if number == 1 else 's'}" if number < 1000 else f"{number:,.0f} {what}s"
 
 
-# Above it, a learning rate that a tiny model needs is known to spoil a policy.
+# Models with fewer parameters than this take, and need, higher rates.
 SMALL_MODEL = 5e7
-USUAL_RATES = {"full": (1e-7, 2e-5), "LoRA": (1e-6, 5e-4)}
+USUAL_RATES = {"full": (1e-7, 2e-5), "full, small": (1e-6, 1e-3), "LoRA": (1e-6, 5e-4)}
 
 
 def check_settings_of_learning(args: Any, num_parameters: int | None, uses_lora: bool) -> list[Check]:
     """Numbers that are legal, and far from what is usual."""
     rows = []
-    kind = "LoRA" if uses_lora else "full"
-    low, high = USUAL_RATES[kind]
     is_small = num_parameters is not None and num_parameters < SMALL_MODEL
+    low, high = USUAL_RATES["LoRA" if uses_lora else "full, small" if is_small else "full"]
     rate = args.learning_rate
     found = f"{rate:g}, {'of adapters' if uses_lora else 'of all weights'}, {_plain(args.lr_scheduler_type)}"
-    if rate < low or (rate > high and not is_small):
-        found += f"; usual is {low:g} to {high:g}"
+    if not low <= rate <= high:
+        found += f"; usual is {low:g} to {high:g}" + (" for a model this small" if is_small else "")
         remedy = "too high loses the format within ten steps, too low learns nothing: begin within that range"
         rows.append(Check("learning rate", NOTE, found, remedy))
     else:
@@ -502,6 +501,9 @@ def _check_reuse(paths: FastPaths, args: Any) -> Check:
         found = f"a forward of its own over each generation: {paths.why_no_reuse}"
         return Check(name, NOTE, found, remedy)
     updates = args.steps_per_generation / args.gradient_accumulation_steps
+    if window_within_pass(args.steps_per_generation, args.gradient_accumulation_steps) is None:
+        found = "log-probabilities of the first pass up to the first optimizer step, a forward for what follows it"
+        return Check(name, OK, found)
     if updates <= 1:
         return Check(name, OK, "its log-probabilities are those of the first pass: no forward of their own")
     found = f"log-probabilities of the first pass for 1 of {updates:g} optimizer steps, a forward for the others"
@@ -567,7 +569,7 @@ def check_memory(
     total = machine.gpu_gb if machine.gpu_gb is not None else machine.memory_gb
     found = f"{_gb(needed)} at the peak, of them weights, gradients and optimizer {_gb(memory.states / GB)}; "
     found += f"for it are {_gb(max(budget, 0.0))} of {where} with {total:.0f}"
-    found += f", beside vLLM's {vllm_share:.0%}" if vllm_share else ""
+    found += f", beside vLLM's {vllm_share:.0%}" if vllm_share and on_gpu else ""
     rows = []
     if needed <= budget:
         rows.append(Check("memory", OK, f"fits: {found}"))
@@ -699,7 +701,7 @@ def check_references_of(
             checks.append(Check(name, NOTE, found))
         odd = report.not_numbers.get(grader.answer_column, [])
         if odd:
-            found = f"{_count(len(odd), 'reference')} no plain number: answers are right only character for character"
+            found = f"no plain number in {_count(len(odd), 'row')}: answers are right only character for character"
             remedy = "expressions want a symbolic reward, such as TRL's accuracy_reward"
             checks.append(Check(name, NOTE, found, remedy))
     return checks
