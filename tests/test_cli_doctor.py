@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset
 from launch import ROOT, load_script
 from tiny import tiny_model, tiny_tokenizer
+from transformers import Gemma3Config
 
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, preflight
 from trl_grpo_ext.cli.doctor import main
@@ -139,6 +140,15 @@ def test_what_cannot_be_had_is_a_row_and_stops_no_other(doctor, tmp_path):
     assert "nothing.csv" in found
     assert "no_such_reward" in found
     assert rows["generation"][0]["status"] == "ok"
+
+
+def test_a_model_that_takes_more_than_text(doctor, tmp_path):
+    Gemma3Config().save_pretrained(tmp_path / "model")
+    status, rows = doctor("--model_name_or_path", tmp_path / "model", "--use_cpu", "true", "--bf16", "false")
+    assert status == 1
+    assert "no weights" in rows["model"][0]["found"]
+    assert "more than text" in rows["packed rows"][0]["found"]
+    assert rows["memory"][0]["status"] == "note"
 
 
 @pytest.mark.parametrize(

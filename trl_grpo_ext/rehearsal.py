@@ -143,6 +143,7 @@ def settings_of_rehearsal(training_args: Any, model_args: Any, folder: str) -> A
         "report_to": [],
         "disable_tqdm": True,
         "log_completions": False,
+        "record_run": False,
         "log_completions_hub_repo": None,
         "push_to_hub": False,
         "save_strategy": "no",

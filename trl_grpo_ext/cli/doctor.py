@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from ..arguments import ArgumentError, OneLineParser
 from ..exits import stop
 from ..screen import show
-from ..script_arguments import GRPOExtOptions
 from ._files import check_outputs, write_json
 
 
@@ -31,8 +30,8 @@ PROGRAM = "trl-grpo-ext doctor"
 DESCRIPTION = (
     "What one asks before a run: versions; what this machine, this model and these settings will get of the fast "
     "paths, and why not of the others; memory against the plan; whether the data's references score full marks. Takes "
-    "the options of `trl-grpo-ext grpo`, or those of recipes/gsm8k.py, those of `accelerate launch` among them, and "
-    "these. Downloads nothing. Exit status: 0 nothing is a problem, 1 something is, 2 wrong arguments."
+    "the options of `trl-grpo-ext grpo` (which lists them), or those of recipes/gsm8k.py, those of `accelerate launch` "
+    "among them, and these. Downloads nothing. Exit status: 0 nothing is a problem, 1 something is, 2 wrong arguments."
 )
 EXAMPLE = """
 trl-grpo-ext doctor                                                    # packages and machine
@@ -73,10 +72,7 @@ class RecipeOptions:
 
 def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
-        parser = OneLineParser(
-            [DoctorOptions, RecipeOptions, GRPOExtOptions], prog=PROGRAM, description=DESCRIPTION, example=EXAMPLE
-        )
-        parser.print_help()
+        OneLineParser([DoctorOptions], prog=PROGRAM, description=DESCRIPTION, example=EXAMPLE).print_help()
         return
     was_offline = any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE)
     with without_network():
@@ -389,12 +385,18 @@ class Examination:
             rows.append(Check("shape", OK, "taken from what is published of this model"))
         else:
             rows += self._load(name, folder)
+        if self._takes_more_than_text:
+            return [*rows, Check("size", NOTE, "not counted: the model takes more than text")]
         lora_rank = self.plan.model.lora_r if self.plan.model.use_peft else 0
         self.size = model_size(self.config, lora_rank)
         found = f"{amount(self.size.parameters)} parameters, {self.config.num_hidden_layers} layers"
         found += f"; trained: LoRA of rank {lora_rank}, {amount(self.size.trained)}" if lora_rank else "; all trained"
         rows.insert(1, Check("size", OK, found))
         return rows
+
+    @property
+    def _takes_more_than_text(self) -> bool:
+        return self.config is not None and self.config.get_text_config() is not self.config
 
     def _folder_of_model(self, name: str) -> Path | None:
         """Where a model's files are, if they are on this machine."""
@@ -550,10 +552,12 @@ class Examination:
         return check_settings_of_learning(self.plan.training, parameters, self.plan.model.use_peft)
 
     def check_fast_paths(self) -> "list[Check]":
-        from ..preflight import OK, Check, check_fast_paths
+        from ..preflight import NOTE, OK, Check, check_fast_paths
 
+        if self._takes_more_than_text:
+            return [Check("packed rows", NOTE, "no: the model takes more than text")]
         if self.config is None:
-            return []
+            return [Check("packed rows", NOTE, "not looked at: the model's configuration is not on this machine")]
         training, model = self.plan.training, self.plan.model
         rows = check_fast_paths(self._rehearsed(), training)
         left_out = {
@@ -589,10 +593,10 @@ class Examination:
 
     def check_memory(self) -> "list[Check]":
         from ..memory import Workload
-        from ..preflight import check_memory
+        from ..preflight import NOTE, Check, check_memory
 
         if self.size is None:
-            return []
+            return [Check("memory", NOTE, "not counted: the model's size is not known")]
         training = self.plan.training
         workload = Workload(
             rows=training.per_device_train_batch_size,
