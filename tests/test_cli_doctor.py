@@ -16,6 +16,7 @@ from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, preflight
 from trl_grpo_ext.cli.doctor import main
 from trl_grpo_ext.memory import Workload, load_config, model_size
 from trl_grpo_ext.preflight import FastPaths, Gpu, Launch, Machine
+from trl_grpo_ext.rewards import tag_bundle
 from trl_grpo_ext.runs import RunRecord
 
 
@@ -309,6 +310,23 @@ def test_lengths():
     facts = preflight.DataFacts([10, 20], [90, 95], has_solutions=True)
     assert statuses(preflight.check_lengths(facts, 100)) == {"prompts": "ok", "completion length": "note"}
     assert statuses(preflight.check_lengths(facts, 200, 210)) == {"prompts": "note", "completion length": "ok"}
+
+
+def test_references():
+    bundle = tag_bundle()
+    good = [{"answer": str(number)} for number in range(20)]
+    assert statuses(preflight.check_references_of(bundle, good)) == {"correctness_reward_func": "ok"}
+    (row,) = preflight.check_references_of(bundle, good, num_rows=50)
+    assert "first of 50 rows" in row.found
+    (row,) = preflight.check_references_of(bundle, [{"solution": "1"}])
+    assert row.status == "problem"
+    assert "'answer'" in row.found
+    (row,) = preflight.check_references_of(bundle, [{"answer": ["1"]}] * 3)
+    assert row.status == "problem"
+    bad = preflight.check_references_of(bundle, [{"answer": "<answer>1</answer>"}, {"answer": None}, *good])
+    assert [row.status for row in bad] == ["problem", "note", "note"]
+    assert "1 of 21" in bad[0].found
+    assert preflight.check_references_of([print], good)[0].status == "ok"
 
 
 def test_held_out_prompts_that_are_trained_on():

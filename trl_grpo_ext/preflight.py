@@ -666,44 +666,48 @@ def check_references_of(
         num_rows (`int`, *optional*):
             How many there are, where these are the first ones.
     """
-    from .rewards.audit import audit, check_references
     from .rewards.correctness import AnswerReward
-    from .rewards.references import reference_to_text
 
     graders = [reward for reward in rewards if isinstance(reward, AnswerReward)]
     if not graders:
         return [Check("references", OK, "no reward of this package compares answers: nothing to check")]
-    try:
-        check_references(graders, rows)
-    except (ValueError, TypeError) as error:
-        return [Check("references", PROBLEM, one_line(error), "what it says; trl-grpo-ext audit lists all rows")]
+    is_cut = num_rows is not None and num_rows > len(rows)
+    of = f" (the first of {num_rows:,} rows)" if is_cut else ""
+    return [check for grader in graders for check in _check_references_of_one(grader, rows, of)]
+
+
+def _check_references_of_one(grader: Any, rows: Sequence[Mapping[str, Any]], of: str) -> list[Check]:
+    from .rewards.audit import audit, check_references
+    from .rewards.references import reference_to_text
+
+    texts = [reference_to_text(row.get(grader.answer_column)) for row in rows]
+    places = [place for place, text in enumerate(texts) if text]
+    known = [{**rows[place], "solution": grader.answer_in_tag(texts[place] or "")} for place in places]
+    report = audit([grader], known) if known else None
     checks = []
-    for grader in graders:
-        texts = [reference_to_text(row.get(grader.answer_column)) for row in rows]
-        places = [place for place, text in enumerate(texts) if text]
-        known = [{**rows[place], "solution": grader.answer_in_tag(texts[place] or "")} for place in places]
-        report = audit([grader], known)
-        name, of = grader.name, f"of {len(known):,} references"
-        of += f" (the first of {num_rows:,} rows)" if num_rows is not None and num_rows > len(rows) else ""
-        without = len(rows) - len(known)
-        if report.failures:
-            first = ", ".join(
-                f"row {places[failure.row]}: {one_line(failure.columns.get(grader.answer_column))[:40]!r}"
-                for failure in report.failures[:3]
-            )
-            found = f"{len(report.failures):,} {of} do not score full marks ({first})"
-            remedy = "there a right answer gets no reward: mend the column; trl-grpo-ext audit lists them"
-            checks.append(Check(name, PROBLEM, found, remedy))
-        else:
-            checks.append(Check(name, OK, f"{report.rows_with_full_marks:,} {of} score full marks"))
-        if without:
-            found = f"{without:,} of {len(rows):,} rows have no reference: this reward does not score them"
-            checks.append(Check(name, NOTE, found))
-        odd = report.not_numbers.get(grader.answer_column, [])
-        if odd:
-            found = f"no plain number in {_count(len(odd), 'row')}: answers are right only character for character"
-            remedy = "expressions want a symbolic reward, such as TRL's accuracy_reward"
-            checks.append(Check(name, NOTE, found, remedy))
+    if report is not None and report.failures:
+        first = ", ".join(
+            f"row {places[failure.row]}: {one_line(failure.columns.get(grader.answer_column))[:40]!r}"
+            for failure in report.failures[:3]
+        )
+        found = f"{len(report.failures):,} of {len(known):,} references{of} do not score full marks ({first})"
+        remedy = "there a right answer gets no reward: mend the column; trl-grpo-ext audit lists them"
+        checks.append(Check(grader.name, PROBLEM, found, remedy))
+    else:
+        try:
+            check_references([grader], rows)  # what the trainer asks: the column, what it holds
+        except (ValueError, TypeError) as error:
+            found, _, remedy = one_line(error).rpartition(": ")
+            return [Check(grader.name, PROBLEM, found, remedy)]
+        checks.append(Check(grader.name, OK, f"{len(known):,} of {len(known):,} references{of} score full marks"))
+    if len(known) < len(rows):
+        found = f"{len(rows) - len(known):,} of {len(rows):,} rows have no reference: this reward does not score them"
+        checks.append(Check(grader.name, NOTE, found))
+    odd = report.not_numbers.get(grader.answer_column, []) if report is not None else []
+    if odd:
+        found = f"no plain number in {_count(len(odd), 'row')}: answers are right only character for character"
+        remedy = "expressions want a symbolic reward, such as TRL's accuracy_reward"
+        checks.append(Check(grader.name, NOTE, found, remedy))
     return checks
 
 

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 PROGRAM = "trl-grpo-ext doctor"
 DESCRIPTION = (
     "What one asks before a run: versions; what this machine, this model and these settings will get of the fast "
-    "paths, and why not of the others; memory against the plan; whether the data's references score full marks. Takes "
-    "the options of `trl-grpo-ext grpo` (which lists them), or those of recipes/gsm8k.py, those of `accelerate launch` "
-    "among them, and these. Downloads nothing. Exit status: 0 nothing is a problem, 1 something is, 2 wrong arguments."
+    "paths, and why not of the others; memory against the plan; whether the data's references score full marks. "
+    "Takes the options of `trl-grpo-ext grpo`, which lists them, or those of recipes/gsm8k.py, those of `accelerate "
+    "launch` among them, and these. Downloads nothing. Exit status: 0 nothing is a problem, 1 something is, 2 wrong "
+    "arguments."
 )
 EXAMPLE = """
 trl-grpo-ext doctor                                                    # packages and machine
