@@ -199,12 +199,13 @@ class MultiIterationMixin(OrderedMixin):
 
     def _may_move_rows(self, rollouts: RolloutBuffer) -> bool:
         """Whether the loss is the same however the rows of an optimizer step are dealt out to micro-batches."""
-        return rollouts.has_only_text and self.why_rows_stay() is None
+        return self._computes_own_loss(rollouts) and self._why_micro_batches_stay() is None
 
     def why_rows_stay(self) -> str | None:
         """Why rows stay in the micro-batches where TRL puts them, and all are computed; `None` if they may move."""
-        if (reason := self._why_not_own_loss()) is not None:
-            return reason
+        return self._why_not_own_loss() or self._why_micro_batches_stay()
+
+    def _why_micro_batches_stay(self) -> str | None:
         if LOSS_TYPES[self.loss_type].normalizer == "tokens":
             return f"loss_type {self.loss_type!r} is a mean over the tokens of each micro-batch"
         override = self._knower_of_micro_batches()
