@@ -278,12 +278,18 @@ def _names_in(code: CodeType) -> frozenset[str]:
 
 def is_clipped_objective(trainer: GRPOTrainer) -> bool:
     """Whether TRL's loss is one that `ClippedObjective` has: no feature on, besides those, that changes the loss."""
-    return (
-        trainer.loss_type in LOSS_TYPES
-        and trainer.top_entropy_quantile == 1.0
-        and not trainer._entropy_bonus_enabled
-        and not trainer.aux_loss_enabled
-    )
+    return feature_beside_objective(trainer) is None
+
+
+def feature_beside_objective(trainer: GRPOTrainer) -> str | None:
+    """What TRL's loss has that `ClippedObjective` has not; `None` if it is one of those."""
+    if trainer.loss_type not in LOSS_TYPES:
+        return f"loss_type {trainer.loss_type!r}"
+    if trainer.top_entropy_quantile != 1.0:
+        return f"a quantile of the entropy (top_entropy_quantile {trainer.top_entropy_quantile})"
+    if trainer._entropy_bonus_enabled:
+        return "an entropy bonus"
+    return "a MoE's auxiliary loss" if trainer.aux_loss_enabled else None
 
 
 # Randomness in a forward
