@@ -586,9 +586,9 @@ class MultiIterationMixin(OrderedMixin):
         if metrics.get("iteration/1/clip_ratio") == 0.0 and has_no_loss and not self._has_explained_zeros:
             self._has_explained_zeros = True
             logger.warning(
-                "On the first pass over a batch of rollouts clip_ratio is 0, and the loss without a KL term near 0: that "
-                "is right. The policy still is the one that sampled, every ratio is 1, and advantages are 0 on average; "
-                "the gradient is not 0."
+                "On the first pass over a batch of rollouts clip_ratio is 0, and the loss without a KL term near 0. "
+                "That is right: the policy still is the one that sampled, every ratio is 1, and advantages are 0 on "
+                "average; the gradient is not 0."
             )
 
     def _surrogate(self) -> str:
