@@ -28,7 +28,7 @@ SHARES = {"turned right": 3, "stayed wrong": 2, "turned wrong": 2, "truncated": 
 
 _TAG = re.compile(r"</?[A-Za-z_][\w.-]{0,40}>")
 _HIDDEN = re.compile(
-    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\xad\\u061c\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff0-\\uffff"
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\xad\\u061c\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff0-\\uffff"
     "\\ud800-\\udfff]"
 )
 

@@ -28,7 +28,7 @@ _COLOURS = {f"--c{number + 1}": f"#01010{number + 1}" for number in range(SERIES
     "--line": "#020203",
     "--grid": "#020204",
 }
-DASHES = ("", "5 2.5", "1.5 2", "7 2 1.5 2", "9 3", "3 1.5")
+DASHES = ("", "5 3.5", "1.5 2", "7 2 1.5 2", "9 3", "3 1.5")
 # A point of a curve for each of so many stretches is as much as can be seen.
 MAX_POINTS = 300
 MAX_BARS = 12
@@ -95,6 +95,8 @@ class Chart:
             Of the vertical axis, where they are known.
         marks (`list[tuple[float, str]]`):
             Heights of dotted lines, and what they are.
+        last_x (`float`):
+            How far the horizontal axis goes at least: all charts of a run as far.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Chart:
     is_stacked: bool = False
     limits: tuple[float | None, float | None] = (None, None)
     marks: list[tuple[float, str]] = field(default_factory=list)
+    last_x: float = 0
 
 
 def charts_of(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Chart]:
@@ -117,7 +120,7 @@ def charts_of(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[C
         names (`Sequence[str]`, *optional*):
             What legends call them.
     """
-    builders: tuple[Callable[[Sequence[Run]], Iterable[Chart]], ...] = (
+    builders: tuple[Callable[[Run], Iterable[Chart]], ...] = (
         _accuracies,
         _format_and_correctness,
         _rewards,
@@ -128,16 +131,17 @@ def charts_of(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[C
         _optimizer,
         _costs,
     )
+    last_x = max((run.last_step for run in runs), default=0)
     if len(runs) == 1:
-        return [chart for build in builders for chart in build(runs)]
+        return [replace(chart, last_x=last_x) for build in builders for chart in build(runs[0])]
     # Each run's charts, put together by their names: a colour for each run, a dash for each curve
     found: dict[str, list[tuple[int, Chart]]] = {}
     for number, run in enumerate(runs):
         for build in builders:
-            for chart in build([run]):
+            for chart in build(run):
                 found.setdefault(chart.name, []).append((number, chart))
     names = [run.name for run in runs] if names is None else names
-    return [_over_one_another(charts, names) for charts in found.values()]
+    return [replace(_over_one_another(charts, names), last_x=last_x) for charts in found.values()]
 
 
 def _over_one_another(charts: list[tuple[int, Chart]], names: Sequence[str]) -> Chart:
@@ -198,25 +202,22 @@ def _total(chart: Chart) -> Curve:
 # What is drawn: each of these yields the charts for which the run has the numbers.
 
 
-def _accuracies(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _accuracies(run: Run) -> Iterable[Chart]:
     for number, name in enumerate(dict.fromkeys(record.set for record in run.evaluations)):
         records = evaluations_of(run, name)
         main = convention_of(records)
         shown = [main, "answer" if main == "strict" else "strict"]
         shown += [found for found in records[-1].figures.estimates if found.startswith("mean@")][:1]
-        curves = []
+        curves: list[Curve] = []
         for metric in shown:
             found = [(r.step, r.figures.estimates[metric]) for r in records if metric in r.figures.estimates]
             if found and (metric == main or any(estimate.mean > 0 for _, estimate in found)):
                 x, y, low, high = np.array([(s, 100 * e.mean, 100 * e.low, 100 * e.high) for s, e in found]).T
                 spot = len(curves)
-                curves.append(
-                    Curve(_LABELS.get(metric, metric), x, y, low, high, spot, spot, is_noisy=False, has_points=True)
-                )
+                curves.append(Curve(metric, x, y, low, high, spot, spot, is_noisy=False, has_points=True))
         right = _of_generations(run, lambda statistics: _hundred(statistics.right))
         if number == 0 and len(right[0]) > 1:
-            curves.append(Curve("right in training", *right, colour=3, dash=2, is_thin=True))
+            curves.append(Curve("right in training", *right, colour=5, is_thin=True))
         if curves:
             items = records[-1].figures.items
             yield Chart(
@@ -224,12 +225,10 @@ def _accuracies(runs: Sequence[Run]) -> Iterable[Chart]:
                 _accuracy_title(records, main, name if number else ""),
                 PERCENT.format("answers that are right"),
                 curves,
-                note=f"{items:,} held-out problems, with 95 % intervals.",
+                note=f"{items:,} held-out problems, with 95 % intervals. Under strict an answer counts in its tag "
+                "alone, under answer wherever it stands.",
                 limits=(0, 100),
             )
-
-
-_LABELS = {"strict": "strict: in the answer tag", "answer": "answer: wherever it stands"}
 
 
 def _accuracy_title(records: list[Any], metric: str, name: str) -> str:
@@ -247,8 +246,7 @@ def _accuracy_title(records: list[Any], metric: str, name: str) -> str:
     return f"{subject} {verb} from {100 * first.mean:.0f} to {100 * last.mean:.0f} %"
 
 
-def _format_and_correctness(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _format_and_correctness(run: Run) -> Iterable[Chart]:
     right = _of_generations(run, lambda statistics: _hundred(statistics.right))
     formatted = _of_generations(run, lambda statistics: _hundred(statistics.formatted))
     curves = []
@@ -284,8 +282,7 @@ def _format_title(right: np.ndarray, formatted: np.ndarray) -> str:
     return "Neither format nor correctness rose"
 
 
-def _rewards(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _rewards(run: Run) -> Iterable[Chart]:
     abouts = {reward.name: reward for reward in run.rewards}
     names = dict.fromkeys(name for found in run.generations for name in found.statistics.rewards)
     for name in list(names)[:8]:
@@ -312,8 +309,7 @@ def _rewards(runs: Sequence[Run]) -> Iterable[Chart]:
         )
 
 
-def _groups(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _groups(run: Run) -> Iterable[Chart]:
     found = [
         (g.step, s.silent_right, s.silent_wrong, s.silent_unscored, s.silent, s.groups)
         for g in run.generations
@@ -331,7 +327,7 @@ def _groups(runs: Sequence[Run]) -> Iterable[Chart]:
     curves = [
         Curve(name, x, 100 * values / groups, colour=colour, dash=colour)
         for name, (values, colour) in parts.items()
-        if values.any() or name in ("all right", "all wrong")
+        if values.any() or name == "all right"
     ]
     share = 100 * silent.sum() / groups.sum()
     late = max(1, len(x) // 5)
@@ -351,21 +347,20 @@ def _groups(runs: Sequence[Run]) -> Iterable[Chart]:
     )
 
 
-def _lengths(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _lengths(run: Run) -> Iterable[Chart]:
     x, y = _series(run, "completions/mean_length")
-    longest = run.settings.get("max_completion_length")
+    longest = _number(run, "max_completion_length")
     if len(x):
         curves = [Curve("mean", x, y)]
-        has_mark = isinstance(longest, int | float) and longest < 4 * y.max()
+        mark = longest if longest is not None and longest < 4 * y.max() else None
         yield Chart(
             "length",
             f"Completions {_course(y, '{:.0f}', 'tokens', stays='were')}",
             "tokens in a completion",
             curves,
-            note=f"Mean length. The longest possible is {longest:,} tokens." if longest else "Mean length.",
-            limits=(0, longest * 1.05 if has_mark else None),
-            marks=[(longest, "longest possible")] if has_mark else [],
+            note=f"Mean length. The longest possible is {longest:,.0f} tokens." if longest else "Mean length.",
+            limits=(0, mark * 1.05 if mark is not None else None),
+            marks=[(mark, "longest possible")] if mark is not None else [],
         )
     x, y = _series(run, "completions/clipped_ratio")
     if len(x):
@@ -384,12 +379,11 @@ def _lengths(runs: Sequence[Run]) -> Iterable[Chart]:
         )
 
 
-def _passes(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _passes(run: Run) -> Iterable[Chart]:
     planned = run.settings.get("num_iterations")
     kl, clipped = _by_pass(run, "approx_kl", 1), _by_pass(run, "clip_ratio", 100)
     if kl:
-        target = run.settings.get("target_kl")
+        target = _number(run, "target_kl")
         last = kl[-1]
         at_last = _ends(last.y)[1]
         yield Chart(
@@ -398,9 +392,9 @@ def _passes(runs: Sequence[Run]) -> Iterable[Chart]:
             "KL from the old policy, nats a token",
             kl,
             note="How far the policy is from the one that generated, measured at the beginning of each pass."
-            + (f" Beyond {target:g} no further pass begins." if isinstance(target, float) else ""),
+            + (f" Beyond {target:g} no further pass begins." if target is not None else ""),
             limits=(0, None),
-            marks=[(target, "target_kl")] if isinstance(target, float) else [],
+            marks=[(target, "target_kl")] if target is not None else [],
         )
     if not clipped:
         x, y = _series(run, "clip_ratio/region_mean")
@@ -453,8 +447,7 @@ def _by_pass(run: Run, metric: str, scale: float) -> list[Curve]:
     return curves
 
 
-def _sampler(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _sampler(run: Run) -> Iterable[Chart]:
     x, y = _series(run, "sampling/importance_sampling_ratio/mean")
     if len(x):
         yield Chart(
@@ -466,8 +459,7 @@ def _sampler(runs: Sequence[Run]) -> Iterable[Chart]:
         )
 
 
-def _optimizer(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _optimizer(run: Run) -> Iterable[Chart]:
     x, y = _series(run, "entropy")
     if len(x):
         yield Chart(
@@ -480,16 +472,16 @@ def _optimizer(runs: Sequence[Run]) -> Iterable[Chart]:
         )
     x, y = _series(run, "grad_norm")
     if len(x):
-        limit = run.settings.get("max_grad_norm")
-        has_limit = isinstance(limit, int | float) and 0 < limit < 2 * y.max()
+        limit = _number(run, "max_grad_norm")
+        limit = limit if limit is not None and 0 < limit < 2 * y.max() else None
         yield Chart(
             "gradient",
             f"The gradient's norm {_course(y, '{:.2g}')}",
             "norm of the gradient, before clipping",
             [Curve("norm", x, y)],
-            note=f"Above max_grad_norm, {limit:g}, gradients are scaled down." if has_limit else "",
+            note=f"Above max_grad_norm, {limit:g}, gradients are scaled down." if limit is not None else "",
             limits=(0, None),
-            marks=[(float(limit), "max_grad_norm")] if has_limit else [],
+            marks=[(limit, "max_grad_norm")] if limit is not None else [],
         )
     x, y = _series(run, "learning_rate")
     if len(x) and y.max() > 0:
@@ -506,8 +498,7 @@ def _optimizer(runs: Sequence[Run]) -> Iterable[Chart]:
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def _costs(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _costs(run: Run) -> Iterable[Chart]:
     (x, tokens), (_, padded) = _series(run, "update/tokens"), _series(run, "update/tokens_padded")
     if len(x) and len(x) == len(padded) and padded.sum() > 0:
         share = 100 * tokens.sum() / padded.sum()
@@ -560,6 +551,11 @@ def _seconds(run: Run) -> Iterable[Chart]:
 
 
 # From numbers to words.
+
+
+def _number(run: Run, setting: str) -> float | None:
+    value = run.settings.get(setting)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -639,7 +635,7 @@ def draw(chart: Chart) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": chart.name,
         "font.size": 11,
@@ -700,8 +696,7 @@ def _draw_areas(axes: Any, chart: Chart) -> None:
         if len(x) == 1:
             axes.bar(x, above - below, bottom=below, color=colour, alpha=0.7, width=0.5)
         else:
-            axes.fill_between(x, below, above, color=colour, alpha=0.62, linewidth=0)
-            axes.plot(x, above, color=colour, linewidth=1)
+            axes.fill_between(x, below, above, color=colour, alpha=0.75, linewidth=0)
         below = above
 
 
@@ -729,7 +724,7 @@ def _dress(axes: Any, chart: Chart) -> None:
         axes.set_ylim(low, top + 0.08 * (top - low) if top > low else low + 1)
     for height, _ in chart.marks:
         axes.axhline(height, color=soft, linewidth=1, linestyle=(0, (1, 2)))
-    last = max(float(curve.x[-1]) for curve in chart.curves)
+    last = max(chart.last_x, *(float(curve.x[-1]) for curve in chart.curves))
     first = min(float(curve.x[0]) for curve in chart.curves)
     axes.set_xlim(min(first, 0 if first <= 2 else first), last if last > first else first + 1)
     axes.margins(x=0)
@@ -757,7 +752,7 @@ _SURPLUS = re.compile(
     r'|(?<=<g) id="[^"]*"|(?<=<path) id="[a-z]\w*_\d+"| transform="rotate\(-0 [^"]*"|font-family: [^;]*; ',
     re.DOTALL,
 )
-_LONG_NUMBER = re.compile(r"(\d+\.\d\d)\d+")
+_LONG_NUMBER = re.compile(r"(\d+\.\d\d)\d+(?!\d*<)")  # a coordinate, and not a label of an axis
 _SPACE = re.compile(r"\s+")
 
 
