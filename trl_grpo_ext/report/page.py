@@ -471,4 +471,7 @@ def _about(run: Run) -> list[tuple[str, str]]:
         for reward in run.rewards
     }
     rest = _flat({key: value for key, value in run.about.items() if key not in ("settings", "rewards")})
-    return [(visible(name), _text(value)) for name, value in (rest | rewards).items()]
+    return [
+        (visible(name), f"{value:,}" if isinstance(value, int) else _text(value))
+        for name, value in (rest | rewards).items()
+    ]

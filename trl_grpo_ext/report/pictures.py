@@ -97,6 +97,8 @@ class Chart:
             Heights of dotted lines, and what they are.
         last_x (`float`):
             How far the horizontal axis goes at least: all charts of a run as far.
+        stretches (`int`):
+            Areas are means over so many stretches: single steps jump too much to be stacked.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Chart:
     limits: tuple[float | None, float | None] = (None, None)
     marks: list[tuple[float, str]] = field(default_factory=list)
     last_x: float = 0
+    stretches: int = 60
 
 
 def charts_of(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Chart]:
@@ -300,7 +303,7 @@ def _rewards(run: Run) -> Iterable[Chart]:
         weight = f" Its weight is {about.weight:g}." if about is not None else ""
         yield Chart(
             f"reward:{name}",
-            f"{name} {_course(y, '{:.2f}')}",
+            f"{name} {_course(y, '{:.2f}', '' if full is None else f'of {full:g}')}",
             "score" if full is None else f"score (full marks {full:g})",
             [curve],
             note=f"Mean, and one standard deviation of the completions to each side.{weight}",
@@ -327,8 +330,8 @@ def _groups(run: Run) -> Iterable[Chart]:
     curves = [
         Curve(name, x, 100 * values / groups, colour=colour, dash=colour)
         for name, (values, colour) in parts.items()
-        if values.any() or name == "all right"
-    ]
+        if values.any()
+    ] or [Curve("all right", x, right)]
     share = 100 * silent.sum() / groups.sum()
     late = max(1, len(x) // 5)
     most = max(parts, key=lambda name: parts[name][0][-late:].sum())
@@ -420,7 +423,7 @@ def _passes(run: Run) -> Iterable[Chart]:
             f"All {planned} passes were used" if all_used else f"{mean:.1f}{of} passes were used on average",
             "passes over a batch",
             [Curve("used", x, y)],
-            note="Passes over each batch of completions, before target_kl ended them.",
+            note="Passes over each batch of completions; target_kl can end them early.",
             limits=(0, (planned if isinstance(planned, int) else float(y.max())) * 1.15),
         )
     x, y = _series(run, "kl")
@@ -544,6 +547,7 @@ def _seconds(run: Run) -> Iterable[Chart]:
         f"{subject} took {100 * parts[most].sum() / total:.0f} % of the time",
         "seconds in a step",
         [Curve(name, x, values, colour=spot, dash=spot) for spot, (name, values) in enumerate(parts.items())],
+        stretches=max(1, min(60, len(run.generations) or 60)),  # a pass alone has no generation
         note=f"In all: {shares}. Between steps lie evaluations, saving and logging.",
         is_stacked=True,
         limits=(0, None),
@@ -601,6 +605,8 @@ def _course(values: np.ndarray, form: str, unit: str = "", stays: str = "stayed 
     first, last = (form.format(value) for value in _ends(values))
     if len(values) == 1:
         return f"is {first}{unit}"
+    if not values.any():
+        return f"stayed at 0{unit}"
     if not _is_trend(values) or first == last:
         middle = form.format(float(values.mean()))
         return f"{'were about' if stays == 'were' else stays} {middle}{unit}"
@@ -667,8 +673,8 @@ def _draw_curve(axes: Any, curve: Curve) -> None:
             axes.vlines(x, curve.low, curve.high, color=colour, linewidth=1.1, alpha=0.55)
         elif curve.low is not None and curve.high is not None:
             axes.fill_between(x, curve.low, curve.high, color=colour, alpha=0.14, linewidth=0)
-        axes.plot(x, y, color=colour, linewidth=1.8, dashes=dashes)
-        axes.plot(x, y, color=colour, linewidth=0, marker="o", markersize=2.5 if many else 4.5)
+        axes.plot(x, y, color=colour, linewidth=1.8, dashes=dashes, clip_on=False)
+        axes.plot(x, y, color=colour, linewidth=0, marker="o", markersize=2.5 if many else 4.5, clip_on=False)
         return
     window = window_of(len(y)) if curve.is_noisy else 1
     smooth = running_mean(y, window)
@@ -682,12 +688,12 @@ def _draw_curve(axes: Any, curve: Curve) -> None:
         axes.fill_between(middle, lows, highs, color=colour, alpha=0.2, linewidth=0)
     elif curve.is_noisy and window > 1:
         axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.35 if not curve.is_thin else 0.2)
-    axes.plot(*_thinned(x, smooth), color=colour, linewidth=width, dashes=dashes, marker="o" if len(y) == 1 else "")
+    marker = "o" if len(y) == 1 else ""
+    axes.plot(*_thinned(x, smooth), color=colour, linewidth=width, dashes=dashes, marker=marker, clip_on=False)
 
 
 def _draw_areas(axes: Any, chart: Chart) -> None:
-    """Areas of means over stretches: single steps jump too much to be stacked."""
-    count = 60
+    count = chart.stretches
     x = np.array([part.mean() for part in _stretches(chart.curves[0].x, count)])
     below = np.zeros_like(x)
     for curve in chart.curves:

@@ -1,14 +1,14 @@
 """What happened in a run: the sentence that a report begins with, and the figures beside it. Imports no torch.
 
 **Which figure.** Held-out accuracy, of the first set of problems, before training and at the latest evaluation:
-under `strict`, which wants the answer in its tags, as training with this package's format rewards does; under `answer` where
-no answer is ever right under `strict`, because the run asks for another format. Without two evaluations it is the share
-of right training completions, or else the training reward, of the first and the last fifth of the generations.
+under `strict`, which wants the answer in its tags, as training with this package's format rewards does; under `answer`
+where no answer is ever right under `strict`, because the run asks for another format. Without two evaluations it is
+the share of right training completions, or else the training reward, of the first and the last fifth of generations.
 
 **Whether it changed.** Held-out: if the 95 % interval of the paired difference leaves out 0 (and for verdicts,
-McNemar's test agrees), see [`trl_grpo_ext.evaluation.comparison`]; where the answers are not at hand, if the two figures'
-intervals do not overlap. In training: if the means of the two fifths are more than 1.96 standard errors of their
-difference apart. Everything else "did not change measurably".
+McNemar's test agrees), see [`trl_grpo_ext.evaluation.comparison`]; where the answers are not at hand, if the two
+figures' intervals do not overlap. In training: if the means of the two fifths are more than 1.96 standard errors of
+their difference apart. Everything else "did not change measurably".
 
 **Format or method.** Only for a rise under `strict`. What accuracy rose by under `answer`, for which tags do not
 matter, was method: more problems are solved. The rest of the rise under `strict` was format: answers that were found
