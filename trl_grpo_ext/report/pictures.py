@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .record import Run
-from .summary import convention_of, evaluations_of, is_changed
+from .summary import convention_of, duration, evaluations_of, is_changed
 
 
 # CSS variables by the colours that stand for them while matplotlib draws; of curves there are as many as SERIES.
@@ -243,7 +243,7 @@ def _accuracy_title(records: list[Any], metric: str, name: str) -> str:
     if not is_changed(first, last):
         return f"{subject} did not change beyond its interval"
     verb = "rose" if last.mean > first.mean else "fell"
-    reached = next(s for s, e in estimates if abs(e.mean - first.mean) >= 0.95 * abs(last.mean - first.mean))
+    reached = next(step for step, estimate in estimates if not is_changed(estimate, last))  # as far as can be told
     if len(estimates) > 2 and reached < last_step:
         return f"{subject} {verb} until step {reached}"
     return f"{subject} {verb} from {100 * first.mean:.0f} to {100 * last.mean:.0f} %"
@@ -347,6 +347,7 @@ def _groups(run: Run) -> Iterable[Chart]:
         note="Groups whose completions all got the same reward: they have no advantage and teach nothing.",
         is_stacked=True,
         limits=(0, 100),
+        stretches=30,
     )
 
 
@@ -388,10 +389,9 @@ def _passes(run: Run) -> Iterable[Chart]:
     if kl:
         target = _number(run, "target_kl")
         last = kl[-1]
-        at_last = _ends(last.y)[1]
         yield Chart(
             "kl",
-            f"By {last.label} the policy has moved {at_last:.2g} nats a token",
+            f"Before {last.label} the policy had moved {last.y.mean():.2g} nats a token on average",
             "KL from the old policy, nats a token",
             kl,
             note="How far the policy is from the one that generated, measured at the beginning of each pass."
@@ -403,11 +403,11 @@ def _passes(run: Run) -> Iterable[Chart]:
         x, y = _series(run, "clip_ratio/region_mean")
         clipped = [Curve("all passes", x, 100 * y)] if len(x) else []
     if clipped:
-        share = _ends(clipped[-1].y)[1]
-        title = f"The clip binds for {share:.1f} % of tokens in {clipped[-1].label}"
+        last = clipped[-1]
+        title = f"The clip bound for {last.y.mean():.2g} % of tokens in {last.label}, {last.y.max():.2g} % at most"
         yield Chart(
             "clipped",
-            title if max(curve.y.max() for curve in clipped) > 0 else "The clip never binds",
+            title if max(curve.y.max() for curve in clipped) > 0 else "The clip never bound",
             PERCENT.format("tokens"),
             clipped,
             note="Tokens whose ratio to the old policy is beyond epsilon, so that they no longer push.",
@@ -476,13 +476,13 @@ def _optimizer(run: Run) -> Iterable[Chart]:
     x, y = _series(run, "grad_norm")
     if len(x):
         limit = _number(run, "max_grad_norm")
-        limit = limit if limit is not None and 0 < limit < 2 * y.max() else None
+        limit = limit if limit is not None and 0 < limit < 1.5 * y.max() else None
         yield Chart(
             "gradient",
             f"The gradient's norm {_course(y, '{:.2g}')}",
             "norm of the gradient, before clipping",
             [Curve("norm", x, y)],
-            note=f"Above max_grad_norm, {limit:g}, gradients are scaled down." if limit is not None else "",
+            note="Above max_grad_norm gradients are scaled down." if limit is not None else "",
             limits=(0, None),
             marks=[(limit, "max_grad_norm")] if limit is not None else [],
         )
@@ -491,7 +491,10 @@ def _optimizer(run: Run) -> Iterable[Chart]:
         power = math.floor(math.log10(y.max()))
         yield Chart(
             "rate",
-            f"The learning rate {_course(y, '{:.2g}')}",
+            f"The learning rate began at {y[0]:.2g}, was {y.max():.2g} at most and is {y[-1]:.2g} at last"
+            if y.max() > max(y[0], y[-1])
+            else f"The learning rate {'fell' if y[-1] < y[0] else 'rose' if y[-1] > y[0] else 'stayed the same:'} "
+            f"{f'from {y[0]:.2g} to {y[-1]:.2g}' if y[0] != y[-1] else f'{y[0]:.2g}'}",
             f"learning rate, 10{str(power).translate(_SUPERSCRIPTS)} a step",
             [Curve("rate", x, y / 10.0**power, is_noisy=False)],
             limits=(0, None),
@@ -528,7 +531,7 @@ def _costs(run: Run) -> Iterable[Chart]:
         )
 
 
-PHASES = ("generation", "rewards", "update", "between")
+PHASES = ("generation", "rewards", "update")
 
 
 def _seconds(run: Run) -> Iterable[Chart]:
@@ -539,16 +542,17 @@ def _seconds(run: Run) -> Iterable[Chart]:
     x = np.array([step.step for step in steps], dtype=float)
     parts = {name: np.array([step.seconds.get(name, 0.0) for step in steps]) for name in names}
     total = sum(values.sum() for values in parts.values())
+    between = sum(step.seconds.get("between", 0.0) for step in steps)
     most = max(parts, key=lambda name: parts[name].sum())
     shares = ", ".join(f"{name} {100 * values.sum() / total:.0f} %" for name, values in parts.items())
-    subject = {"generation": "Generation", "rewards": "Scoring", "update": "The update"}.get(most, "What lies between")
+    subject = {"generation": "Generation", "rewards": "Scoring", "update": "The update"}[most]
     yield Chart(
         "seconds",
-        f"{subject} took {100 * parts[most].sum() / total:.0f} % of the time",
+        f"{subject} took {100 * parts[most].sum() / total:.0f} % of the steps' time",
         "seconds in a step",
         [Curve(name, x, values, colour=spot, dash=spot) for spot, (name, values) in enumerate(parts.items())],
         stretches=max(1, min(60, len(run.generations) or 60)),  # a pass alone has no generation
-        note=f"In all: {shares}. Between steps lie evaluations, saving and logging.",
+        note=f"In all: {shares}. Evaluations, saving and logging between steps took another {duration(between)}.",
         is_stacked=True,
         limits=(0, None),
     )
@@ -726,7 +730,7 @@ def _dress(axes: Any, chart: Chart) -> None:
     low, high = chart.limits
     axes.set_ylim(low, high)
     if high is None and low is not None:  # room above the highest point
-        top = axes.dataLim.y1
+        top = max([axes.dataLim.y1, *(height for height, _ in chart.marks)])
         axes.set_ylim(low, top + 0.08 * (top - low) if top > low else low + 1)
     for height, _ in chart.marks:
         axes.axhline(height, color=soft, linewidth=1, linestyle=(0, (1, 2)))

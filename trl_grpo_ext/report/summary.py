@@ -17,7 +17,7 @@ before, and are now in their tags. From two thirds up "most of it was" the one, 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 
@@ -50,11 +50,14 @@ class Summary:
             Key figures.
         missing (`tuple[str, ...]`):
             What the record does not have, a sentence each.
+        further (`tuple[str, ...]`):
+            What happened on further sets of held-out problems, a sentence each.
     """
 
     sentence: str
     facts: tuple[Fact, ...]
     missing: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
 
 
 def summarize(run: Run, differences: Mapping[str, Difference] | None = None) -> Summary:
@@ -71,7 +74,7 @@ def summarize(run: Run, differences: Mapping[str, Difference] | None = None) -> 
         sentence = _of_evaluations(run, *ends, differences or {})
     else:
         sentence = _of_training(run)
-    return Summary(sentence, tuple(_facts(run, ends)), tuple(_missing(run)))
+    return Summary(sentence, tuple(_facts(run, ends)), tuple(_missing(run)), tuple(_further(run)))
 
 
 def ends_of(run: Run) -> tuple[EvaluationRecord, EvaluationRecord] | None:
@@ -163,6 +166,20 @@ def _of_evaluations(
         told = _attribution(first, last, differences) if verb == "rose" and convention == "strict" else ""
         sentence += f"; {told}." if told else "."
     return f"{sentence}{_end_of(run)}"
+
+
+def _further(run: Run) -> Iterator[str]:
+    for name in list(dict.fromkeys(record.set for record in run.evaluations))[1:]:
+        records = evaluations_of(run, name)
+        convention = convention_of(records)
+        before, after = (record.figures.estimates.get(convention) for record in (records[0], records[-1]))
+        if len(records) < 2 or before is None or after is None:
+            continue
+        figures = f"{percent(before.mean)} before and {percent(after.mean)} after"
+        if not is_changed(before, after):
+            yield f"On {name} it did not change measurably: {figures}."
+        else:
+            yield f"On {name} it {'rose' if after.mean > before.mean else 'fell'}: {figures}."
 
 
 def _attribution(first: EvaluationRecord, last: EvaluationRecord, differences: Mapping[str, Difference]) -> str | None:
