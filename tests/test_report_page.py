@@ -220,6 +220,14 @@ def test_problems_of_all_kinds_are_chosen():
             assert [shown.verdict for shown in problem.completions] == verdicts[problem.kind]
 
 
+def test_problems_of_several_runs_are_those_that_differ_first():
+    one, other = answers([True, True, False, False] * 10), answers([True, False, True, False] * 10)
+    problems = heldout_problems([("one", one), ("other", other)], "strict", are_runs=True)
+    kinds = [problem.kind for problem in problems]
+    assert kinds[0] == "right in one alone"
+    assert set(kinds) == {"right in one alone", "right in other alone", "wrong in all runs", "right in all runs"}
+
+
 def test_what_is_missing_is_said(tmp_path, undrawn):
     events = [event for event in made_up_events(6) if event["event"] != "end"]
     for event in events:
@@ -248,7 +256,7 @@ def test_answers_that_are_broken_do_not_break_the_page(tmp_path, undrawn):
     (tmp_path / "run" / "answers" / "before.jsonl").unlink()
     text = Page(render([run])).text
     assert "Held-out accuracy rose from 25.0 % to 87.5 %" in text  # intervals that do not overlap
-    assert "paired difference" not in text
+    assert "difference, paired" not in text
 
 
 def test_a_long_runs_page_is_small_and_quick(tmp_path):

@@ -95,6 +95,10 @@ def test_several_runs_share_their_charts():
     found = {chart.name: chart for chart in charts_of(runs, ["one", "other"])}
     assert [(curve.label, curve.colour) for curve in found["entropy"].curves] == [("one", 0), ("other", 1)]
     assert len(found["entropy"].curves[1].x) == 20
+    runs = [evaluated((0, 0.3), (40, 0.8)), evaluated((0, 0.3), (40, 0.4))]
+    (accuracy, *_) = charts_of(runs, ["one", "other"])
+    assert accuracy.title == "Held-out accuracy, heldout, under strict"
+    assert [curve.y[-1] for curve in accuracy.curves] == [80, 40]
     labels = [curve.label for curve in found["format"].curves]
     assert labels == ["one, correctness", "one, format", "other, correctness", "other, format"]
     assert found["seconds"].curves[0].y == pytest.approx(0.81)
@@ -136,7 +140,7 @@ def test_long_runs_are_drawn_with_few_points():
 @pytest.mark.parametrize("count", [1, 2, 5, 40, 41, 1000])
 def test_running_means_are_means_of_what_is_around(count):
     values = np.random.default_rng(count).normal(size=count)
-    window = window_of(count)
+    window = window_of(np.arange(count), 0.05 * count)
     assert window % 2 == 1
     smooth = running_mean(values, window)
     for index in {0, count // 2, count - 1}:

@@ -7,6 +7,7 @@ cannot be seen, or would turn the page's own text around (control characters, ma
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,9 @@ def stages_of(run: Run) -> list[EvaluationRecord]:
     return [records[0], min(records[1:-1], key=lambda record: abs(record.step - middle)), records[-1]]
 
 
-def heldout_problems(stages: Sequence[tuple[str, Sequence[Answer]]], convention: str) -> list[Problem]:
+def heldout_problems(
+    stages: Sequence[tuple[str, Sequence[Answer]]], convention: str, *, are_runs: bool = False
+) -> list[Problem]:
     """Problems of each kind, with their completions side by side.
 
     Args:
@@ -197,12 +200,16 @@ def heldout_problems(stages: Sequence[tuple[str, Sequence[Answer]]], convention:
             What each column is called, and its answers.
         convention (`str`):
             Under which answers are right.
+        are_runs (`bool`, *optional*, defaults to `False`):
+            Whether columns are runs, and not stages of one.
     """
     columns = [(stage, first_answers(answers)) for stage, answers in stages if answers]
     if not columns:
         return []
     ids = [key for key in columns[-1][1] if all(key in answers for _, answers in columns)]
-    kinds = {key: _kind_of([answers[key] for _, answers in columns], convention) for key in ids}
+    names = [stage for stage, _ in columns]
+    kind_of = partial(_kind_of_runs, names) if are_runs else _kind_of
+    kinds = {key: kind_of([answers[key] for _, answers in columns], convention) for key in ids}
     return [
         Problem(
             question=segments_of(shortened(_question(columns[-1][1][key].prompt))),
@@ -225,11 +232,22 @@ def _kind_of(answers: Sequence[Answer], convention: str) -> str:
     return "turned right" if last else "turned wrong"
 
 
+def _kind_of_runs(names: Sequence[str], answers: Sequence[Answer], convention: str) -> str:
+    right = [
+        name for name, found in zip(names, answers, strict=True) if found.correct and found.correct.get(convention)
+    ]
+    if not right:
+        return "wrong in all runs"
+    return "right in all runs" if len(right) == len(names) else f"right in {', '.join(right)} alone"
+
+
 def _chosen(kinds: Mapping[str, str]) -> list[str]:
     by_kind: dict[str, list[str]] = {kind: [] for kind in SHARES}
+    for kind in sorted(set(kinds.values()) - set(SHARES), key=lambda kind: (kind.endswith("all runs"), kind)):
+        by_kind[kind] = []
     for key, kind in kinds.items():
         by_kind.setdefault(kind, []).append(key)
-    chosen = [key for kind, keys in by_kind.items() for key in keys[: SHARES.get(kind, 3)]]
+    chosen = [key for kind, keys in by_kind.items() for key in keys[: SHARES.get(kind, 2)]]
     rest = [key for keys in by_kind.values() for key in keys if key not in set(chosen)] if len(kinds) < 10_000 else []
     picked = set((chosen + rest)[:PROBLEMS])
     return [key for keys in by_kind.values() for key in keys if key in picked]

@@ -31,7 +31,7 @@ from .completions import (
     visible,
 )
 from .doctor import RULES, Finding, diagnose
-from .pictures import DASHES, MAX_POINTS, SERIES, Chart, charts_of, draw, window_of
+from .pictures import DASHES, MAX_POINTS, SERIES, Chart, charts_of, draw, span_of
 from .record import RECORD_FILE, Run
 from .summary import Summary, ends_of, evaluations_of, interval, summarize
 
@@ -175,7 +175,7 @@ def render(runs: Sequence[Run]) -> str:
     else:
         lasts = [answers[id(run)][1] for run in runs]
         tables = _results_of_several(runs, names, lasts)
-        problems, in_training = heldout_problems(list(zip(names, lasts, strict=True)), convention), []
+        problems, in_training = heldout_problems(list(zip(names, lasts, strict=True)), convention, are_runs=True), []
     return environment.get_template(TEMPLATE).render(
         parts=parts,
         title=names[0] if len(runs) == 1 else f"{len(runs)} runs compared",
@@ -268,12 +268,12 @@ def _sections(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, list
 
 
 def _smoothing(runs: Sequence[Run]) -> str:
-    longest = max((len(run.steps) for run in runs), default=0)
-    window = window_of(longest)
-    if window == 1:
+    longest = max((run.last_step for run in runs), default=0)
+    span = span_of(longest)
+    if span < 3:
         return ""
     behind = "each step" if longest <= MAX_POINTS else "the range of the steps"
-    return f"Strong lines are running means over {window} steps; behind them, faintly, {behind}."
+    return f"Strong lines are running means over about {span:.0f} steps; behind them, faintly, {behind}."
 
 
 # Tables of figures
@@ -336,9 +336,9 @@ def _results_of_one(run: Run, differences: dict[str, Difference]) -> list[Table]
             if paired:
                 cells.append(_difference_cell(paired.get(figure)))
             rows.append(_row(figure, cells))
-        heads = [_when(record) for record in ends] + (["paired difference"] if paired else [])
+        heads = [_when(record) for record in ends] + (["difference, paired"] if paired else [])
         items = last.figures.items
-        tables.append(_table(f"{visible(name)}: {items:,} problems, in %", heads, rows))
+        tables.append(_table(f"{visible(name)}: {items:,} problems, in %, with 95 % intervals", heads, rows))
     return tables
 
 
@@ -367,7 +367,7 @@ def _results_of_several(runs: Sequence[Run], names: Sequence[str], answers: Sequ
             for run_name, record in zip(names, lasts, strict=True)
         ]
         items = " or ".join(sorted({f"{record.figures.items:,}" for record in found}))
-        tables.append(_table(f"{visible(name)}: {items} problems, in %", heads, rows))
+        tables.append(_table(f"{visible(name)}: {items} problems, in %, with 95 % intervals", heads, rows))
         if number == 0:
             tables += _paired(names, answers)
     tables.append(_costs_of_several(runs, names))
@@ -393,7 +393,7 @@ def _paired(names: Sequence[str], answers: Sequence[Sequence[Answer]]) -> list[T
     shared = len(set(first_answers(answers[0])) & set().union(*(first_answers(of_run) for of_run in answers[1:])))
     return [
         _table(
-            f"Difference to {names[0]}, problem by problem, in points",
+            f"Difference to {names[0]}, problem by problem, in points with 95 % intervals",
             list(found),
             rows,
             note=f"{shared:,} problems are in both. Where an interval leaves out 0, the difference can be told.",

@@ -152,6 +152,8 @@ def _over_one_another(charts: list[tuple[int, Chart]], names: Sequence[str]) -> 
     curves = []
     for number, chart in charts:
         chosen = [_total(chart)] if chart.is_stacked else [curve for curve in chart.curves if not curve.is_thin]
+        if chart.name.startswith("accuracy:"):
+            chosen = chosen[:1]
         for dash, curve in enumerate(chosen[:3]):
             label = names[number] if len(chosen) == 1 else f"{names[number]}, {curve.label}"
             curves.append(
@@ -165,7 +167,7 @@ def _over_one_another(charts: list[tuple[int, Chart]], names: Sequence[str]) -> 
                 )
             )
     marks = first.marks if all(chart.marks == first.marks for _, chart in charts) else []
-    note = first.note
+    note = first.note.replace("Mean, and one standard deviation of the completions to each side.", "Means.")
     if first.is_stacked:
         note = "The sum of all parts; the parts are in each run's own report."
     title = _TITLES.get(first.name, first.title if len(charts) == 1 else _subject(first))
@@ -195,7 +197,9 @@ _TITLES = {
 def _subject(chart: Chart) -> str:
     """What a chart of no fixed name is about."""
     kind, _, name = chart.name.partition(":")
-    return f"Held-out accuracy, {name}" if kind == "accuracy" else f"Reward: {name}"
+    if kind == "accuracy":
+        return f"Held-out accuracy, {name}, under {chart.curves[0].label}"
+    return f"Reward: {name}"
 
 
 def _total(chart: Chart) -> Curve:
@@ -599,7 +603,7 @@ def _is_trend(values: np.ndarray) -> bool:
 
 def _half_way(values: np.ndarray) -> int:
     """Where the running mean has gone half of its way."""
-    smooth = running_mean(values, window_of(len(values)))
+    smooth = running_mean(values, len(values) // 20 | 1)
     first, last = smooth[0], smooth[-1]
     return int(np.argmax((smooth - first) * np.sign(last - first) >= abs(last - first) / 2))
 
@@ -619,9 +623,16 @@ def _course(values: np.ndarray, form: str, unit: str = "", stays: str = "stayed 
     return f"{verb} from {first} to {last}{unit}"
 
 
-def window_of(points: int) -> int:
-    """Of the running mean: a twentieth of the run, an odd number."""
-    return max(1, points // 20) | 1
+def span_of(last_step: float) -> float:
+    """Over how many steps running means go: a twentieth of the run."""
+    return last_step / 20
+
+
+def window_of(x: np.ndarray, span: float) -> int:
+    """How many points a running mean is over, an odd number."""
+    if len(x) < 2:
+        return 1
+    return max(1, round(span * (len(x) - 1) / max(x[-1] - x[0], 1e-9))) // 2 * 2 + 1
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -661,14 +672,14 @@ def draw(chart: Chart) -> str:
             _draw_areas(axes, chart)
         else:
             for curve in chart.curves:
-                _draw_curve(axes, curve)
+                _draw_curve(axes, curve, span_of(max(chart.last_x, curve.x[-1])))
         _dress(axes, chart)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format")))
     return _to_page(buffer.getvalue(), chart)
 
 
-def _draw_curve(axes: Any, curve: Curve) -> None:
+def _draw_curve(axes: Any, curve: Curve, span: float) -> None:
     colour, dashes = _COLOURS[f"--c{curve.colour + 1}"], _dashes(curve.dash)
     x, y = curve.x, curve.y
     if curve.has_points:
@@ -680,7 +691,7 @@ def _draw_curve(axes: Any, curve: Curve) -> None:
         axes.plot(x, y, color=colour, linewidth=1.8, dashes=dashes, clip_on=False)
         axes.plot(x, y, color=colour, linewidth=0, marker="o", markersize=2.5 if many else 4.5, clip_on=False)
         return
-    window = window_of(len(y)) if curve.is_noisy else 1
+    window = window_of(x, span) if curve.is_noisy else 1
     smooth = running_mean(y, window)
     width = 1.1 if curve.is_thin else 1.8
     if curve.low is not None and curve.high is not None:
