@@ -38,7 +38,7 @@ def demo(folder):
 
 
 def comparison(folder):
-    return [*demo(folder), read_record(write_record(folder / "a-name-without-any-space-that-is-long" * 3, seed=1))]
+    return [*demo(folder), read_record(write_record(folder / ("a-name-without-any-space-that-is-long" * 3), seed=1))]
 
 
 def sick(folder):

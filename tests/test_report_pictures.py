@@ -80,6 +80,12 @@ def test_a_chart_has_the_records_numbers():
     assert silent == pytest.approx(expected)
 
 
+def test_figures_that_are_the_same_are_one_curve():
+    same, apart = evaluated((0, 0.3), (40, 0.8)), evaluated((0, 0.1, 0.3), (40, 0.8, 0.9))
+    labels = [[curve.label for curve in charts(run, "accuracy:heldout")[0].curves] for run in (same, apart)]
+    assert labels == [["strict, answer", "right in training"], ["strict", "answer", "right in training"]]
+
+
 def test_a_run_without_anything_has_no_charts():
     assert charts(made_up_run(made_up_events(0))) == {}
     assert charts_of([made_up_run(made_up_events(0)), made_up_run(made_up_events(0))]) == []

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from .summary import convention_of, evaluations_of
 
 RIGHT, WRONG, UNKNOWN = "right", "wrong", "unknown"
 PROBLEMS, SAMPLES_OF_GROUP = 8, 4
+# Of a text so many tags are marked, and so many characters that cannot be seen; further ones are plain.
+MAX_MARKS = 200
 # Longer texts are folded: their beginning and end are shown, and all of it on demand.
 FOLDED_CHARS, BEGINNING_CHARS, END_CHARS = 900, 420, 260
 # Of the classes of problems, how many are shown, in this order; then more of each until there are enough.
@@ -108,27 +111,27 @@ class Problem:
 
 
 def segments_of(text: str, extracted: str | None = None) -> list[Segment]:
-    """A text in stretches, with its tags and the last place of the extracted answer marked; linear in its length."""
+    """A text in stretches, with its first tags and the last place of the extracted answer marked; in linear time."""
     spans: list[tuple[int, int, str]] = []
     if extracted:
         start = text.rfind(extracted)
         if start >= 0:
             spans.append((start, start + len(extracted), "answer"))
-    spans += [(found.start(), found.end(), "tag") for found in _TAG.finditer(text)]
-    spans += [(found.start(), found.end(), "hidden") for found in _HIDDEN.finditer(text)]
+    spans += [(found.start(), found.end(), "tag") for found in islice(_TAG.finditer(text), MAX_MARKS)]
+    spans += [(found.start(), found.end(), "hidden") for found in islice(_HIDDEN.finditer(text), MAX_MARKS)]
     segments, end = [], 0
     for start, stop, kind in sorted(spans):
         if start < end:  # a tag within the answer
             continue
         if start > end:
-            segments.append(Segment("plain", text[end:start]))
+            segments.append(Segment("plain", visible(text[end:start])))
         shown = text[start:stop]
         if kind == "answer":
             shown = _HIDDEN.sub(lambda found: _name_of(found[0]), shown)
         segments.append(Segment(kind, _name_of(shown) if kind == "hidden" else shown))
         end = stop
     if end < len(text):
-        segments.append(Segment("plain", text[end:]))
+        segments.append(Segment("plain", visible(text[end:])))
     return segments
 
 

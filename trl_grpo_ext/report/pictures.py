@@ -198,7 +198,7 @@ def _subject(chart: Chart) -> str:
     """What a chart of no fixed name is about."""
     kind, _, name = chart.name.partition(":")
     if kind == "accuracy":
-        return f"Held-out accuracy, {name}, under {chart.curves[0].label}"
+        return f"Held-out accuracy, {name}, under {chart.curves[0].label.partition(',')[0]}"
     return f"Reward: {name}"
 
 
@@ -221,6 +221,9 @@ def _accuracies(run: Run) -> Iterable[Chart]:
             if found and (metric == main or any(estimate.mean > 0 for _, estimate in found)):
                 x, y, low, high = np.array([(s, 100 * e.mean, 100 * e.low, 100 * e.high) for s, e in found]).T
                 spot = len(curves)
+                if spot and np.array_equal(y, curves[0].y):  # all answers are in tags
+                    curves[0] = replace(curves[0], label=f"{curves[0].label}, {metric}")
+                    continue
                 curves.append(Curve(metric, x, y, low, high, spot, spot, is_noisy=False, has_points=True))
         right = _of_generations(run, lambda statistics: _hundred(statistics.right))
         if number == 0 and len(right[0]) > 1:
