@@ -236,7 +236,7 @@ def test_what_is_missing_is_said(tmp_path, undrawn):
     with (folder / RECORD_FILE).open("a") as file:
         file.write('{"event": "step", "step": 7, "ti')  # killed in the middle of a line
     text = Page(render([read_record(folder)])).text
-    assert "still going on, or it was killed" in text
+    assert "is still going on, or it was killed" in text
     assert "1 line of the record could not be read" in text
     assert "No held-out problems were evaluated" in text
     assert "No completions were kept" in text

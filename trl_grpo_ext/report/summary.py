@@ -245,7 +245,7 @@ def _fifths(values: Sequence[float]) -> tuple[tuple[float, float], bool]:
 
 def _end_of(run: Run) -> str:
     if run.end is None:
-        return " Nothing says how the run ended: it is still going on, or it was killed."
+        return " The run is still going on, or it was killed."
     return "" if run.end.get("status") == "finished" else " The run was stopped before its end."
 
 
