@@ -97,7 +97,7 @@ def correct_if_contained(completions: list[Any], answer: list[str], **kwargs: An
 
 
 def slow(completions: list[Any], **kwargs: Any) -> list[float]:
-    time.sleep(4)
+    time.sleep(6)
     return [float(len(completion[0]["content"]) % 2) for completion in completions]
 
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,9 +167,19 @@ CASES = {
         ("steps 38 to 40", "learning_rate=0"),
     ),
     "learning-rate-too-high": Case(
-        lambda: run_of(lambda done: scores(right=4 if done < 0.4 else 2), steps=10, learning_rate=1e-2),
-        lambda: run_of(lambda done: scores(right=4 if done < 0.4 else 3), steps=10, learning_rate=1e-2),
-        ("from 50% to 25%", "learning_rate=0.01"),
+        lambda: run_of(
+            lambda done: scores(right=4 if done < 0.4 else 1),
+            metrics={"iteration/2/approx_kl": 0.1},
+            steps=10,
+            learning_rate=1e-2,
+        ),
+        lambda: run_of(
+            lambda done: scores(right=4 if done < 0.4 else 3),
+            metrics={"iteration/2/approx_kl": 0.1},
+            steps=10,
+            learning_rate=1e-2,
+        ),
+        ("from 50% to 12%", "learning_rate=0.01"),
     ),
     "no-gradient": Case(
         lambda: run_of(logs={"grad_norm": 0.0}),
@@ -307,8 +320,8 @@ def test_truncation_with_the_cut_ones_masked_says_what_that_does():
 
 
 def test_the_format_that_is_lost_is_a_rate_too_high_as_well():
-    run = run_of(lambda done: scores(tags=6 if done < 0.4 else 3), steps=10)
-    assert "the format fell from 75% to 38%" in diagnose(run)[0].evidence
+    run = run_of(lambda done: scores(tags=8 if done < 0.4 else 3), steps=40)
+    assert "the format fell from 100% to 38%" in diagnose(run)[0].evidence
 
 
 def test_an_unscored_reference_is_shown():
@@ -316,6 +329,20 @@ def test_an_unscored_reference_is_shown():
     unscored_samples = [replace(sample, rewards={}) for sample in run.generations[-1].samples]
     run.generations[-1] = replace(run.generations[-1], samples=tuple(unscored_samples))
     assert "the reference '14'" in holding(run)["unscored-references"].evidence
+
+
+def test_a_policy_that_stays_as_it_is_does_not_get_worse():
+    """Right answers of a prompt come together: in few groups their share goes up and down by itself."""
+    for seed in range(5):
+        numbers = random.Random(seed)
+        run, watch, said = Run(about=made_up_events(1)[0]["about"]), Watch(), []
+        for step in range(1, 151):
+            chance = numbers.betavariate(0.3, 1.2)  # of the one prompt of a generation; 20 % in the mean
+            right = {CORRECTNESS.name: [2.0 * (numbers.random() < chance) for _ in range(SIZE)]}
+            run.generations.append(Generation(step - 1, generation_statistics(right, [CORRECTNESS], SIZE)))
+            run.steps.append(Step(step, 0.0, {}, {}))
+            said += watch.look(run)
+        assert [event["rule"] for event in said if event["rule"] == "learning-rate-too-high"] == []
 
 
 def test_rewards_for_some_rows_each_leave_none_unscored():
@@ -340,6 +367,22 @@ def test_rewards_for_some_rows_each_leave_none_unscored():
 def test_a_constant_reward_is_not_always_a_problem(value, about, severity):
     found = holding(with_reward(lambda done: (value, value), **about)).get("constant-reward")
     assert (found.severity if found else None) == severity
+
+
+def test_all_rewards_without_scores_are_named():
+    rewards = [CORRECTNESS, replace(FORMAT, name="one", weight=0.0), replace(FORMAT, name="other", weight=0.0)]
+    nothing = [None] * (GROUPS * SIZE)
+    run = run_of({CORRECTNESS.name: scores()[CORRECTNESS.name], "one": nothing, "other": nothing}, rewards=rewards)
+    finding = holding(run)["reward-without-scores"]
+    assert "one returned None" in finding.evidence
+    assert "other returned None" in finding.evidence
+    assert finding.severity == HINT  # metrics, both of them
+    run.about["rewards"][2]["weight"] = 1.0
+    assert holding(run)["reward-without-scores"].severity == PROBLEM
+
+
+def test_who_asks_for_more_kl_gets_it_without_a_finding():
+    assert "kl-of-passes" not in holding(run_of(metrics={"iteration/2/approx_kl": 0.03}, target_kl=0.04))
 
 
 def test_log_probabilities_of_sampler_and_trainer_that_drift_apart():
@@ -541,3 +584,12 @@ def test_a_run_that_has_hardly_begun(steps):
 def test_the_guide_has_the_table_of_the_rules():
     assert doctor_markdown() in GUIDE.read_text(encoding="utf-8")
     assert [name for name, _, _ in doctor_table()] == [rule.name for rule in RULES]
+
+
+def test_a_diagnosis_needs_no_torch():
+    code = (
+        "import sys, trl_grpo_ext.report.doctor, trl_grpo_ext.report.watch; "
+        "sys.exit(', '.join({'torch', 'transformers', 'trl'} & set(sys.modules)) or 0)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (process.returncode, process.stderr.strip()) == (0, "")

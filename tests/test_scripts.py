@@ -485,6 +485,13 @@ def check_gpu():
     return load("check_gpu.py")
 
 
+@pytest.mark.slow
+def test_measure_overhead():
+    result = run("measure_overhead.py", "--seeds", "0", "--steps", "2")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "training time with the record over that without: " in result.stdout
+
+
 def test_check_gpu_without_a_gpu(tmp_path):
     environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     result = run_to_the_end(["bash", str(SCRIPTS / "check_gpu.sh")], 120, tmp_path, environment)

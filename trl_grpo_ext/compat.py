@@ -5,6 +5,7 @@ others, and `tests/test_trl_contract.py` holds these against what is installed, 
 with its name.
 """
 
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import MISSING, fields
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from inspect import getattr_static, unwrap
 from pathlib import Path
 from threading import Lock
@@ -30,6 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
 
 from .objective import LOSS_TYPES
@@ -38,6 +40,7 @@ from .ranks import is_so_anywhere
 
 # Members of TRL's trainer that mixins override, and call through `super()`.
 SEAMS = (
+    "_calculate_rewards",  # scores of a generation batch
     "_compute_loss",  # the loss of a micro-batch
     "_generate",  # completions, from wherever they come
     "_generate_and_score_completions",  # a generation batch: completions, rewards, advantages
@@ -83,6 +86,29 @@ def metrics_of_training(trainer: GRPOTrainer) -> Mapping[str, list[float]]:
     """The values that TRL has collected since it last logged, by the metric's name; it then begins new lists."""
     metrics: Mapping[str, list[float]] = trainer._metrics["train"]
     return metrics
+
+
+def drop_metrics_without_value(trainer: GRPOTrainer) -> None:
+    """Forget metrics whose values are all NaN, which TRL would log as `None`."""
+    for metrics in trainer._metrics.values():
+        for name in [name for name, values in metrics.items() if all(map(math.isnan, values))]:
+            del metrics[name]
+
+
+def log_column(trainer: GRPOTrainer, name: str, values: list[Any]) -> None:
+    """Show a column with the completions: what `log_extra` does for reward functions, an entry for each row."""
+    trainer._log_completion_extra(name, values)
+
+
+@contextmanager
+def completions_shown_by(function: Callable[..., None]) -> Iterator[None]:
+    """Within it TRL shows completions by a function, which gets TRL's own and the call's arguments."""
+    show = grpo_trainer.print_prompt_completions_sample
+    grpo_trainer.print_prompt_completions_sample = partial(function, show)
+    try:
+        yield
+    finally:
+        grpo_trainer.print_prompt_completions_sample = show
 
 
 def columns_logged_by_rewards(trainer: GRPOTrainer) -> Mapping[str, list[Any]]:

@@ -589,6 +589,11 @@ class MultiIterationMixin(OrderedMixin):
             compat.append_metric(self, "rollouts/iterations_used", float(iteration))
             compat.set_buffered_micro_batches(self, None)
 
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        # What could not be measured (a reward function that scored nothing): trackers stumble over `None`.
+        compat.drop_metrics_without_value(self)
+        super().log(*args, **kwargs)
+
     # Checkpoints
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:

@@ -35,6 +35,7 @@ from .rewards.names import find_rewards
 from .runs import BeginRun, RunError, Start, choose_start
 from .screen import show
 from .script_arguments import RunArguments
+from .trackers import DescribeRun
 from .versions import installed_versions
 
 
@@ -221,9 +222,9 @@ def make_trainer(trainer_class: type[GRPOTrainer], start: Start, **options: Any)
     except (ValueError, ImportError, OSError) as error:
         stop(1, error)
     trainer.run_record = start.record
-    if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
+    if not trainer.args.disable_tqdm and trainer.pop_callback(ProgressCallback) is not None:  # none in a notebook
         trainer.add_callback(CompactProgress)
+    trainer.add_callback(DescribeRun(trainer, start.record.settings.get("dataset_name")))
     trainer.add_callback(BoundCollectiveCalls)
     trainer.add_callback(BeginRun(start))
     return trainer

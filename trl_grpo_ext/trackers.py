@@ -1,12 +1,59 @@
-"""Closing what a process reports to, where its interpreter does not come to an end by itself. Imports no tracker."""
+"""What trackers know of a run, and closing them where an interpreter does not come to an end. Imports no tracker."""
 
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from transformers import TrainerCallback
+
+
+PROJECT = "trl_grpo_ext"
+# What transformers says where nobody has named a project.
+_NO_PROJECT = "huggingface"
+
+
+class DescribeRun(TrainerCallback):
+    """Trackers get a name for the run, a project, the rewards and the data set; works with any `trl.GRPOTrainer`.
+
+    ```python
+    trainer.add_callback(DescribeRun(trainer, dataset_name="gsm8k"))
+    ```
+
+    Where `args.run_name` is not set, the run is called as the last part of its output folder. Where neither
+    `args.project` nor `WANDB_PROJECT` names a project, that is `trl_grpo_ext`. In W&B's configuration stand `bundle`,
+    the reward functions with their weights, and `dataset`, with name and number of rows.
+
+    Args:
+        trainer (`GRPOTrainer`):
+            The trainer.
+        dataset_name (`str`, *optional*):
+            What the data set is called.
+    """
+
+    def __init__(self, trainer: Any, dataset_name: str | None = None) -> None:
+        self._trainer, self._dataset_name = trainer, dataset_name
+        args = trainer.args
+        if args.run_name is None:
+            args.run_name = Path(args.output_dir).resolve().name
+        if args.project == _NO_PROJECT:
+            args.project = os.environ.get("WANDB_PROJECT", PROJECT)
+        if "wandb" in args.report_to:
+            os.environ.setdefault("WANDB_PROJECT", args.project)  # transformers takes it from there
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        wandb = sys.modules.get("wandb")
+        if wandb is None or wandb.run is None or not state.is_world_process_zero:
+            return
+        trainer = self._trainer
+        dataset = trainer.train_dataset
+        bundle = dict(zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True))
+        about = {"name": self._dataset_name, "rows": len(dataset) if hasattr(dataset, "__len__") else None}
+        wandb.config.update({"bundle": bundle, "dataset": about}, allow_val_change=True)
 
 
 def finish_trackers(status: int, seconds: float) -> None:

@@ -2,18 +2,23 @@
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
+from . import compat
 from .checkpoints import WholeCheckpointsMixin
 from .config import GRPOExtConfig, extension_setting
 from .evaluation.undisturbed import UndisturbedEvaluationMixin
 from .iterations import MultiIterationMixin
+from .legible import name_base_model, show_completions, show_rewards_in_notebooks
+from .report.about import reference_column
 from .report.callback import RunRecordCallback
 from .rewards.audit import check_references
 from .rewards.bundle import RewardBundle, refuse_what_is_no_reward
+from .rewards.references import reference_to_text
 from .shared_prefix import SharedPrefixMixin
 
 
@@ -65,6 +70,26 @@ class GRPOExtTrainer(
             self.reward_weights = torch.cat([self.reward_weights.new_tensor(reward_weights), weights_of_others])
         if extension_setting(args, "record_run"):
             self.add_callback(RunRecordCallback(self))
+        show_rewards_in_notebooks(self)
+
+    def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rewards: torch.Tensor = super()._calculate_rewards(inputs, *args, **kwargs)
+        if self.log_completions:
+            column = reference_column(self.reward_funcs)
+            if column in inputs[0]:
+                compat.log_column(self, "reference", [reference_to_text(row.get(column)) for row in inputs])
+        return rewards
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        if not self.log_completions:
+            return super().log(*args, **kwargs)
+        with compat.completions_shown_by(partial(show_completions, self.reward_weights.tolist())):
+            super().log(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            name_base_model(self)
 
     __init__.__signature__ = inspect.signature(GRPOTrainer.__init__)  # type: ignore[attr-defined]
 

@@ -11,6 +11,7 @@ import torch
 from transformers.utils import is_torch_cuda_available
 
 from ..embedded_policy import EMBEDDED_POLICY, embedded_policy_path
+from ..rewards.correctness import AnswerReward
 from ..runs import settings_of
 from ..versions import installed_versions
 from .generations import RewardAbout
@@ -77,6 +78,11 @@ def about_rewards(trainer: "GRPOTrainer") -> list[RewardAbout]:
         RewardAbout.of(function, weight, name)
         for function, weight, name in zip(trainer.reward_funcs, weights, trainer.reward_func_names, strict=True)
     ]
+
+
+def reference_column(reward_funcs: Any) -> str:
+    """The column with which the answer rewards compare."""
+    return next((reward.answer_column for reward in reward_funcs if isinstance(reward, AnswerReward)), "answer")
 
 
 def about_fast_paths(trainer: "GRPOTrainer") -> dict[str, str]:

@@ -29,10 +29,9 @@ from .. import compat
 from ..config import extension_setting
 from ..evaluation.history import FIGURES_FILE, read_history
 from ..evaluation.history import FOLDER as ANSWERS
-from ..rewards.correctness import AnswerReward
 from ..rewards.references import reference_to_text
 from ..rewards.text import conversation_to_text
-from .about import about_fast_paths, about_rewards, about_run
+from .about import about_fast_paths, about_rewards, about_run, reference_column
 from .doctor import PROBLEM
 from .generations import RewardAbout, generation_statistics
 from .record import RECORD_FILE, RecordError, Run, Sample, read_record, shortened, to_line
@@ -82,9 +81,10 @@ class RunRecordCallback(TrainerCallback):
     warning.
 
     Numbers are of all processes' completions, texts of the main process'. Of the first 20 generation batches one group
-    of completions is kept (of a large one 16), then of every second, third and so on, at most 4,000 characters of each
-    text: some 30 MB of 10,000 steps with a generation each, of which texts are a few MB. A prompt of which completions
-    were kept before is preferred when it comes again, so that the same problem is seen early and late.
+    of completions is kept (of a large one 16), then of every second until the 40th, of every fourth until the 80th and
+    so on, at most 4,000 characters of each text. Of 10,000 generations that is 110 groups, a few MB; numbers are some
+    2 kB a step. A prompt of which completions were kept before is preferred when it comes again, so that the same
+    problem is seen early and late.
 
     Args:
         trainer (`GRPOTrainer`):
@@ -255,7 +255,7 @@ class RunRecordCallback(TrainerCallback):
             "statistics": _rounded(generation_statistics(scores, self._rewards, size).to_dict()),
         }
         self._num_generations += 1
-        if self._num_generations % math.ceil(self._num_generations / 20) == 0:
+        if is_sampled(self._num_generations):
             event["samples"] = [sample.to_dict() for sample in self._samples(batch, rows, size)]
         self._add(event)
 
@@ -293,8 +293,7 @@ class RunRecordCallback(TrainerCallback):
         )
 
     def _reference(self, columns: Mapping[str, Any]) -> str | None:
-        rewards = [reward for reward in self._trainer.reward_funcs if isinstance(reward, AnswerReward)]
-        reference = reference_to_text(columns.get(rewards[0].answer_column if rewards else "answer"))
+        reference = reference_to_text(columns.get(reference_column(self._trainer.reward_funcs)))
         return None if reference is None else shortened(reference)
 
     def _is_truncated(self, ids: Sequence[int]) -> bool:
@@ -354,10 +353,12 @@ class RunRecordCallback(TrainerCallback):
 
     def _tell_fast_paths(self, state: Any) -> None:
         """Behind the first step: by then the trainer has found out what it can do."""
-        paths = about_fast_paths(self._trainer)
-        if not self._has_told_fast_paths and paths != self.run.about.get("fast_paths"):
-            self._add({"event": "about", "step": state.global_step, "about": {"fast_paths": paths}})
+        if self._has_told_fast_paths:
+            return
         self._has_told_fast_paths = True
+        paths = about_fast_paths(self._trainer)
+        if paths != self.run.about.get("fast_paths"):
+            self._add({"event": "about", "step": state.global_step, "about": {"fast_paths": paths}})
 
     def _new_metrics(self) -> dict[str, float]:
         """Means of what TRL has collected since the step before; it begins new lists when it has logged."""
@@ -438,6 +439,12 @@ class RunRecordCallback(TrainerCallback):
         with_texts = [i for i, generation in enumerate(run.generations) if generation.samples]
         for i in with_texts[:-TEXTS_IN_MEMORY]:
             run.generations[i] = replace(run.generations[i], samples=())
+
+
+def is_sampled(number: int) -> bool:
+    """Whether completions of the generation batch with this number, from 1, are kept: ten of each doubling."""
+    every = 1 << (math.ceil(number / 20) - 1).bit_length()
+    return number % every == 0
 
 
 def _rounded(value: Any) -> Any:

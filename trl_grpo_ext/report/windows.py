@@ -1,6 +1,7 @@
 """What rules look at: the first and the latest of a run, however long it is. Imports no torch."""
 
 import itertools
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -119,7 +120,33 @@ def _window(
 
 def both_windows(run: Run, *, steps_between: int = 0, **least: int) -> tuple[Window, Window] | None:
     """The first and the last window, if they do not overlap and lie so many steps apart."""
-    first, last = first_window(run, **least), last_window(run, **least)
+    windows = apart(run, first_window(run, **least), last_window(run, **least))
+    return windows if windows is not None and windows[1].step - windows[0].step >= steps_between else None
+
+
+def apart(run: Run, first: Window | None, last: Window | None) -> tuple[Window, Window] | None:
+    """A first and a last window, if there are both and they do not overlap."""
     if first is None or last is None or len(first.generations) + len(last.generations) > len(run.generations):
         return None
-    return (first, last) if last.step - first.step >= steps_between else None
+    return first, last
+
+
+def fall(windows: tuple[Window, Window], name: str, alike: float) -> tuple[float, float, float] | None:
+    """A share of completions, `right` or `formatted`, in both windows, and its fall in standard errors.
+
+    Args:
+        windows (`tuple[Window, Window]`):
+            The earlier and the later one.
+        name (`str`):
+            Of [`GenerationStatistics`].
+        alike (`float`):
+            The correlation of completions of one prompt, from 0 to 1: so much less do they say than as many prompts.
+    """
+    before, now = (window.mean(name) for window in windows)
+    if before is None or now is None:
+        return None
+    counts = [window.completions for window in windows]
+    share = (before * counts[0] + now * counts[1]) / sum(counts)
+    size = sum(counts) / (windows[0].groups + windows[1].groups)
+    variance = max(0.0, share * (1 - share)) * (1 + (size - 1) * alike) * (1 / counts[0] + 1 / counts[1])
+    return before, now, (before - now) / math.sqrt(variance) if variance > 0 else 0.0

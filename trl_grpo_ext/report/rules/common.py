@@ -1,20 +1,28 @@
 """What rules have in common. Imports no torch."""
 
-from ..findings import HINT, PROBLEM
+from collections.abc import Sequence
+
+from ..findings import HINT, PROBLEM, Found
 from ..generations import RewardAbout
 from ..record import Run
 
 
 def the_last(what: str, count: int, generations: int) -> str:
-    return f"the last {count} {what} and {generations} generations"
+    """The words for [`~trl_grpo_ext.report.windows.last_window`]."""
+    return f"the last {count} {what}, of {generations} generations or more,"
 
 
 def rewards_of_kind(run: Run, kind: str) -> list[RewardAbout]:
     return [reward for reward in run.rewards if reward.kind == kind]
 
 
-def severity_of(reward: RewardAbout) -> str:
-    return HINT if reward.weight == 0 else PROBLEM  # a weight of 0 makes it a metric
+def joined(found: Sequence[tuple[RewardAbout, str]], step: int) -> Found | None:
+    """What was found of several rewards as one; a hint where all of them are metrics."""
+    if not found:
+        return None
+    is_metric = all(reward.weight == 0 for reward, _ in found)
+    evidence = "; ".join(f"{reward.name} {what}" for reward, what in found)
+    return Found(f"{evidence}.", step, severity=HINT if is_metric else PROBLEM)
 
 
 def setting(run: Run, name: str) -> str:

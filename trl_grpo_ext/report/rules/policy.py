@@ -2,8 +2,8 @@
 
 from ..findings import HINT, Found, rule
 from ..record import Run
-from ..windows import Window, both_windows, earliest, last_window, latest, mean, median
-from .common import number_of, setting, the_last
+from ..windows import Window, apart, both_windows, earliest, fall, first_window, last_window, latest, mean, median
+from .common import number_of, setting
 
 
 # Something else rises, and correctness does not.
@@ -69,41 +69,56 @@ def length_without_correctness(run: Run) -> Found | None:
     )
 
 
-# The policy gets worse than it was. Groups of a prompt are alike, so the noise is that of groups, not completions.
-WORSE_GROUPS = 16
-WORSE_GENERATIONS = 2
+# The policy gets worse than it was. Completions of a prompt are alike, so shares of few groups go up and down by
+# themselves: few are enough only where the policy is seen to move far.
+WORSE_GROUPS = ((32, 32), (64, 64))  # first ones, last ones
+WORSE_GROUPS_AFAR = ((8, 16), (16, 16))
+WORSE_PASSES = 3
+WORSE_ERRORS = 3.0
+WORSE_ERRORS_AFAR = 2.5
+WORSE_ALIKE = 0.5
 WORSE_RIGHT_RATIO = 0.5
 WORSE_RIGHT = 0.1
 WORSE_FORMAT = 0.3
+KL_PASSES = 0.025
 
 
 @rule(
     "learning-rate-too-high",
     "The policy is worse than it was at the beginning",
-    when=f"over {the_last('groups', WORSE_GROUPS, WORSE_GENERATIONS)}, right completions are at most "
-    f"{WORSE_RIGHT_RATIO:.0%} of what they were over the first ones and {WORSE_RIGHT:.0%} of completions fewer, "
-    f"or the format is {WORSE_FORMAT:.0%} of full marks lower",
+    when=f"over {WORSE_GROUPS[0][1]} or {WORSE_GROUPS[-1][1]} groups, right completions are at most "
+    f"{WORSE_RIGHT_RATIO:.0%} of what they were over the first ones and {WORSE_RIGHT:.0%} of completions fewer, or "
+    f"the format is {WORSE_FORMAT:.0%} of full marks lower, by {WORSE_ERRORS:g} standard errors; over "
+    f"{WORSE_GROUPS_AFAR[0][1]} where passes move the policy by more than {KL_PASSES:g} nats a token",
     remedy="Go back to a checkpoint or the start with a learning_rate three to ten times smaller; fewer passes "
     "(num_iterations), target_kl or max_grad_norm help too.",
 )
 def learning_rate_too_high(run: Run) -> Found | None:
-    windows = both_windows(run, groups=WORSE_GROUPS, generations=WORSE_GENERATIONS)
-    if windows is None:
-        return None
-    fell = []
-    before, now = (window.mean("right") for window in windows)
-    if before is not None and now is not None and now <= WORSE_RIGHT_RATIO * before and before - now >= WORSE_RIGHT:
-        fell.append(f"right completions fell from {before:.0%} to {now:.0%}")
-    before, now = (window.mean("formatted") for window in windows)
-    if before is not None and now is not None and before - now >= WORSE_FORMAT:
-        fell.append(f"the format fell from {before:.0%} to {now:.0%} of full marks")
-    if not fell:
-        return None
-    return Found(
-        f"From the first {windows[0].completions} to the last {windows[1].completions} completions "
-        f"{' and '.join(fell)}, with learning_rate={setting(run, 'learning_rate')}.",
-        windows[1].step,
-    )
+    farthest = _farthest_pass(run, "approx_kl", WORSE_PASSES)
+    is_afar = farthest is not None and farthest[1] > KL_PASSES
+    sizes = [(groups, WORSE_ERRORS_AFAR) for groups in WORSE_GROUPS_AFAR if is_afar]
+    for (first, last), errors in [*sizes, *((groups, WORSE_ERRORS) for groups in WORSE_GROUPS)]:
+        windows = apart(run, first_window(run, groups=first), last_window(run, groups=last, generations=2))
+        if windows is None:
+            return None
+        if fell := _what_fell(windows, errors):
+            return Found(
+                f"From the first {windows[0].completions} to the last {windows[1].completions} completions "
+                f"{' and '.join(fell)}, with learning_rate={setting(run, 'learning_rate')}.",
+                windows[1].step,
+            )
+    return None
+
+
+def _what_fell(windows: tuple[Window, Window], least_errors: float) -> list[str]:
+    said = []
+    before, now, errors = fall(windows, "right", WORSE_ALIKE) or (0.0, 0.0, 0.0)
+    if errors >= least_errors and now <= WORSE_RIGHT_RATIO * before and before - now >= WORSE_RIGHT:
+        said.append(f"right completions fell from {before:.0%} to {now:.0%}")
+    before, now, errors = fall(windows, "formatted", WORSE_ALIKE) or (0.0, 0.0, 0.0)
+    if errors >= least_errors and before - now >= WORSE_FORMAT:
+        said.append(f"the format fell from {before:.0%} to {now:.0%} of full marks")
+    return said
 
 
 # A learning rate of nothing.
@@ -183,9 +198,10 @@ def no_gradient(run: Run) -> Found | None:
 ENTROPY_RATIO = 0.1
 ENTROPY_RIGHT = 0.5
 ENTROPY_VALUES = 8
+ENTROPY_GROUPS = 16
+ENTROPY_GENERATIONS = 2
 KL_REFERENCE = 0.5
 KL_VALUES = 8
-KL_PASSES = 0.025
 PASSES = 5
 MOST_PASSES = 64
 
@@ -200,7 +216,7 @@ MOST_PASSES = 64
 )
 def entropy_collapse(run: Run) -> Found | None:
     before, now = earliest(run, "entropy", ENTROPY_VALUES), latest(run, "entropy", ENTROPY_VALUES)
-    window = last_window(run, groups=WORSE_GROUPS, generations=WORSE_GENERATIONS)
+    window = last_window(run, groups=ENTROPY_GROUPS, generations=ENTROPY_GENERATIONS)
     right = window.mean("right") if window else None
     if not before or not now or window is None or (right is not None and right >= ENTROPY_RIGHT):
         return None
@@ -230,13 +246,16 @@ def kl_to_reference(run: Run) -> Found | None:
 @rule(
     "kl-of-passes",
     "The policy moves too far within the passes over a batch of rollouts",
-    when=f"the median of {PASSES} passes' KL to the policy that sampled is above {KL_PASSES:g} nats a token",
-    remedy="Set target_kl (0.01 to 0.05), or lower learning_rate or num_iterations.",
+    when=f"the median of {PASSES} passes' KL to the policy that sampled is above {KL_PASSES:g} nats a token, and "
+    "above target_kl",
+    remedy="Set target_kl (0.01 to 0.02), or lower learning_rate or num_iterations.",
     explained_by=("old-rollouts",),
 )
 def kl_of_passes(run: Run) -> Found | None:
     found = _farthest_pass(run, "approx_kl")
-    if found is None or found[1] <= KL_PASSES:
+    target = run.settings.get("target_kl")
+    asked_for = target if isinstance(target, int | float) else 0.0
+    if found is None or found[1] <= max(KL_PASSES, asked_for):
         return None
     number, value, step = found
     return Found(
@@ -247,11 +266,11 @@ def kl_of_passes(run: Run) -> Found | None:
     )
 
 
-def _farthest_pass(run: Run, name: str) -> tuple[int, float, int] | None:
+def _farthest_pass(run: Run, name: str, count: int = PASSES) -> tuple[int, float, int] | None:
     """The pass in which a metric is largest in the median: its number, that median, and since when."""
     found = []
     for number in range(1, min(number_of(run, "num_iterations", 1), MOST_PASSES) + 1):
-        values = latest(run, f"iteration/{number}/{name}", PASSES)
+        values = latest(run, f"iteration/{number}/{name}", count)
         if values:
             found.append((number, median(values), values[0][0]))
     return max(found, key=lambda item: item[1], default=None)

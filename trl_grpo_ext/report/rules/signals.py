@@ -1,12 +1,13 @@
 """Is there anything to learn from: completions, references, rewards, groups? Imports no torch."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..findings import HINT, Found, rule
 from ..generations import CORRECTNESS, FORMAT, RewardAbout
 from ..record import Run
 from ..windows import Window, both_windows, last_window, latest, mean
-from .common import quoted, rewards_of_kind, setting, severity_of, the_last
+from .common import joined, quoted, rewards_of_kind, setting, the_last
 
 
 # Truncation. TRL's default length is 256 tokens: a model that thinks has every completion cut off before its answer,
@@ -104,7 +105,7 @@ def no_format(run: Run) -> Found | None:
 @rule(
     "never-right",
     "No completion is ever right",
-    when=f"none of {the_last('completions', NEVER_COMPLETIONS, NEVER_GENERATIONS)} is right",
+    when=f"none of {the_last('completions', NEVER_COMPLETIONS, NEVER_GENERATIONS)} is right, and it is not no-format",
     remedy="Compare references with extracted answers in the report: a wrong column or another notation never "
     "matches. If they are alike, the problems are too hard for this model: begin with easier ones.",
     explained_by=("truncated-completions", "unscored-references", "learning-rate-too-high"),
@@ -279,17 +280,12 @@ DEAD_GENERATIONS = 4
     remedy="Bound what the function returns. One infinity makes the advantages of its whole group NaN.",
 )
 def reward_not_finite(run: Run) -> Found | None:
-    generations = run.generations[-INFINITE_GENERATIONS:]
-    for reward in run.rewards if generations else []:
-        window = Window(generations)
-        count = sum(found.infinite for found in window.of(reward))
-        if count:
-            return Found(
-                f"{reward.name} gave an infinity to {count} of the last {window.completions} completions.",
-                window.step,
-                severity=severity_of(reward),
-            )
-    return None
+    window = Window(run.generations[-INFINITE_GENERATIONS:])
+    counts = [(reward, sum(found.infinite for found in window.of(reward))) for reward in run.rewards]
+    found = [
+        (reward, f"gave an infinity to {count} of the last {window.completions}") for reward, count in counts if count
+    ]
+    return joined(found, window.step) if found else None
 
 
 @rule(
@@ -304,15 +300,13 @@ def reward_without_scores(run: Run) -> Found | None:
     window = last_window(run, completions=DEAD_COMPLETIONS, generations=DEAD_GENERATIONS)
     if window is None:
         return None
-    for reward in run.rewards:
-        found = window.of(reward)
-        if reward.kind != CORRECTNESS and found and sum(f.unscored for f in found) == window.completions:
-            return Found(
-                f"{reward.name} returned None or NaN for each of the last {window.completions} completions.",
-                window.step,
-                severity=severity_of(reward),
-            )
-    return None
+    what = f"returned None or NaN for each of the last {window.completions} completions"
+    dead = [
+        (reward, what)
+        for reward in run.rewards
+        if reward.kind != CORRECTNESS and sum(found.unscored for found in window.of(reward)) == window.completions
+    ]
+    return joined(dead, window.step)
 
 
 @rule(
@@ -325,25 +319,26 @@ def reward_without_scores(run: Run) -> Found | None:
     explained_by=("truncated-completions", "no-format", "groups-all-right"),
 )
 def constant_reward(run: Run) -> Found | None:
-    """A reward that has never said anything: it is constant now, and was the same at the beginning."""
+    """Rewards that have never said anything: they are constant now, and were the same at the beginning."""
     last = last_window(run, completions=DEAD_COMPLETIONS, generations=DEAD_GENERATIONS)
     if last is None:
         return None
+    first = Window(run.generations[: len(last.generations)])
+    found: list[tuple[RewardAbout, str]] = []
+    to_come: list[tuple[RewardAbout, str]] = []
     for reward in run.rewards:
         value = _only_value(last, reward)
-        if value is None or value != _only_value(Window(run.generations[: len(last.generations)]), reward):
+        if value is None or value != _only_value(first, reward) or value == reward.full_marks:
             continue
-        if (reward.kind == CORRECTNESS and value <= 0) or value == reward.full_marks:
-            continue  # never right has a rule of its own, and full marks are what is wanted
+        if reward.kind == CORRECTNESS and value <= 0:
+            continue  # never right has a rule of its own
+        item = reward, f"gave {value:g} to each of the last {last.completions} completions, and to the first ones"
         # Format that nobody writes yet can come with the format that others pay for.
-        is_to_come = reward.kind == FORMAT and value <= 0
-        return Found(
-            f"{reward.name} gave {value:g} to each of the last {last.completions} completions, and nothing else since "
-            "the beginning.",
-            run.generations[0].step + 1,
-            severity=HINT if is_to_come else severity_of(reward),
-        )
-    return None
+        (to_come if reward.kind == FORMAT and value <= 0 else found).append(item)
+    if found or not to_come:
+        return joined(found, first.step)
+    only_to_come = joined(to_come, first.step)
+    return replace(only_to_come, severity=HINT) if only_to_come else None
 
 
 def _only_value(window: Window, reward: RewardAbout) -> float | None:
