@@ -28,6 +28,7 @@ def test_wheel(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"trl_grpo_ext/embedded_policy/model.safetensors", "trl_grpo_ext/embedded_policy/tokenizer.json"} <= names
+    assert {"trl_grpo_ext/report/page.html.jinja", "trl_grpo_ext/report/page.js"} <= names
     assert all(name.startswith(("trl_grpo_ext/", "trl_grpo_ext-")) for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
