@@ -6,6 +6,7 @@
 - [`WholeCheckpointsMixin`]: checkpoints that are whole or not there, whatever ends a run;
 - [`UndisturbedEvaluationMixin`]: an evaluation in between changes nothing of what is trained;
 - [`EvaluationCallback`]: held-out problems before, during and after training, in every tracker;
+- [`RunRecordCallback`]: a run's own record, written while it trains; [`trl_grpo_ext.report`]: what is made of it;
 - [`trl_grpo_ext.objective`]: the loss types and the sampler's correction as pure functions;
 - [`trl_grpo_ext.tasks`]: anybody's questions and answers, GSM8K, MATH, SVAMP, ASDiv, and word problems from a seed;
 - [`trl_grpo_ext.evaluation`]: accuracies under four conventions, pass@k and maj@k, with intervals;
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .evaluation.callback import EvaluationCallback
     from .evaluation.undisturbed import UndisturbedEvaluationMixin
     from .iterations import MultiIterationMixin
+    from .report.callback import RunRecordCallback
     from .shared_prefix import SharedPrefixMixin
     from .trainer import GRPOExtTrainer
 
@@ -34,6 +36,7 @@ __all__ = [
     "GRPOExtConfig",
     "GRPOExtTrainer",
     "MultiIterationMixin",
+    "RunRecordCallback",
     "SharedPrefixMixin",
     "UndisturbedEvaluationMixin",
     "WholeCheckpointsMixin",
@@ -44,6 +47,7 @@ _MODULES = {
     "GRPOExtConfig": "config",
     "GRPOExtTrainer": "trainer",
     "MultiIterationMixin": "iterations",
+    "RunRecordCallback": "report.callback",
     "SharedPrefixMixin": "shared_prefix",
     "UndisturbedEvaluationMixin": "evaluation.undisturbed",
     "WholeCheckpointsMixin": "checkpoints",

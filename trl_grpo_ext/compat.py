@@ -7,7 +7,7 @@ with its name.
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import MISSING, fields
@@ -77,6 +77,18 @@ def set_buffered_micro_batches(trainer: GRPOTrainer, micro_batches: Sequence[dic
 def append_metric(trainer: GRPOTrainer, name: str, value: float, mode: str = "train") -> None:
     """Add a value to what TRL averages and logs under `name`."""
     trainer._metrics[mode][name].append(value)
+
+
+def metrics_of_training(trainer: GRPOTrainer) -> Mapping[str, list[float]]:
+    """The values that TRL has collected since it last logged, by the metric's name; it then begins new lists."""
+    metrics: Mapping[str, list[float]] = trainer._metrics["train"]
+    return metrics
+
+
+def columns_logged_by_rewards(trainer: GRPOTrainer) -> Mapping[str, list[Any]]:
+    """What reward functions have given to `log_extra` for this process' rows, until TRL has gathered it."""
+    columns: Mapping[str, list[Any]] = trainer._pending_extra_logs
+    return columns
 
 
 def takes_old_policy_forward(trainer: GRPOTrainer) -> bool:
@@ -417,39 +429,89 @@ def flash_attention_in_use() -> str | None:
     return None if current is None else current()
 
 
-# Forwards that are looked at from outside
+# Methods that are looked at from outside
 
 
 class _StandIn:
-    """A function in front of the trainer's forward, whoever overrides it; it gets that forward, and the call.
+    """A function in front of one of the trainer's methods, whoever overrides it; it gets that method, and the call.
 
     Args:
         trainer (`GRPOTrainer`):
             The trainer.
+        name (`str`):
+            The method's name.
         function (`Callable`):
-            Called with the forward that stood there, and the call's arguments.
+            Called with the method that stood there, and the call's arguments.
     """
 
-    def __init__(self, trainer: GRPOTrainer, function: Callable[..., Any]) -> None:
-        self.set_before = vars(trainer).get(FORWARD)  # on the object itself
-        self._forward = getattr(trainer, FORWARD)
-        self._function = function
+    def __init__(self, trainer: GRPOTrainer, name: str, function: Callable[..., Any]) -> None:
+        self.set_before = vars(trainer).get(name)  # on the object itself
+        self._name, self._method = name, getattr(trainer, name)
+        self._function: Callable[..., Any] | None = function
+        setattr(trainer, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(self._forward, *args, **kwargs)
+        if self._function is None:
+            return self._method(*args, **kwargs)
+        return self._function(self._method, *args, **kwargs)
+
+    def remove(self, trainer: GRPOTrainer) -> None:
+        """Stand there no longer; behind what others have put before it since, let calls through."""
+        self._function = None
+        if vars(trainer).get(self._name) is not self:
+            return
+        if self.set_before is None:
+            delattr(trainer, self._name)
+        else:
+            setattr(trainer, self._name, self.set_before)
 
 
 @contextmanager
 def _replaced_forward(trainer: GRPOTrainer, function: Callable[..., Any]) -> Iterator[None]:
-    stand_in = _StandIn(trainer, function)
-    setattr(trainer, FORWARD, stand_in)
+    stand_in = _StandIn(trainer, FORWARD, function)
     try:
         yield
     finally:
-        if stand_in.set_before is None:
-            delattr(trainer, FORWARD)
-        else:
-            setattr(trainer, FORWARD, stand_in.set_before)
+        stand_in.remove(trainer)
+
+
+class ObservedGenerations:
+    """Lets functions stand before the methods that make a generation batch, until [`~ObservedGenerations.end`].
+
+    Each is called with the method and the call's arguments, and returns what the method does. What subclasses override
+    is called as before, and [`foreign_override`] takes none of this for a user's method.
+
+    Args:
+        trainer (`GRPOTrainer`):
+            The trainer.
+        batch (`Callable`):
+            Before the method that makes the batch: it is given its inputs, and returns its rows as tensors.
+        completions (`Callable`):
+            Before the one that generates, within it.
+        rewards (`Callable`):
+            Before the one that scores, within it: it is given `inputs`, `prompts`, `completions` and the completions'
+            ids, all of this process, and returns the scores of all processes, `(N, number of functions)`.
+    """
+
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        *,
+        batch: Callable[..., Any],
+        completions: Callable[..., Any],
+        rewards: Callable[..., Any],
+    ) -> None:
+        functions = {
+            "_generate_and_score_completions": batch,
+            "_generate": completions,
+            "_calculate_rewards": rewards,
+        }
+        self._trainer = trainer
+        self._stand_ins = [_StandIn(trainer, name, function) for name, function in functions.items()]
+
+    def end(self) -> None:
+        for stand_in in self._stand_ins:
+            stand_in.remove(self._trainer)
 
 
 @contextmanager

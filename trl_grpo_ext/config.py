@@ -50,6 +50,9 @@ class GRPOExtConfig(GRPOConfig):
             Raise when the trainer is made if this package's answer rewards cannot grade the first rows of the data
             sets: a column that is missing, references that do not get full marks. `False` is for trainers that make
             the column themselves.
+        record_run (`bool`, *optional*, defaults to `True`):
+            Write `record.jsonl` in the output folder: metrics and times of each step, rewards in numbers, and a sample
+            of completions, for `trl-grpo-ext report`. See [`RunRecordCallback`].
     """
 
     reuse_first_pass_logps: bool = field(
@@ -86,6 +89,10 @@ class GRPOExtConfig(GRPOConfig):
     )
     check_references: bool = field(
         default=True, metadata={"help": "Raise if the answer rewards cannot grade the data sets' first rows."}
+    )
+    record_run: bool = field(
+        default=True,
+        metadata={"help": "Write the run's record, record.jsonl in the output folder, for `trl-grpo-ext report`."},
     )
 
     def __post_init__(self) -> None:
@@ -185,7 +192,7 @@ def _check_tokens_per_micro_batch(args: GRPOConfig) -> None:
 _INDIFFERENT_TO_ROLLOUTS = frozenset(
     {
         *("trust_remote_code", "num_generations_eval", "ds3_gather_for_generation", "save_rollouts", "target_kl"),
-        "check_references",
+        *("check_references", "record_run"),
         *("log_completions", "log_multimodal", "num_completions_to_print", "log_unique_prompts"),
         *("log_completions_hub_repo", "vllm_server_base_url", "vllm_server_host", "vllm_server_port"),
         *("vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"),

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import GRPOTrainer, ModelConfig
 
-from . import __version__
 from .arguments import suggestion
 from .checkpoints import CheckpointError
 from .config import GRPOExtConfig
@@ -37,13 +35,13 @@ from .rewards.names import find_rewards
 from .runs import BeginRun, RunError, Start, choose_start
 from .screen import show
 from .script_arguments import RunArguments
+from .versions import installed_versions
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SUMMARY_FILE = "summary.json"
-PACKAGES = ("torch", "trl", "transformers", "accelerate", "datasets", "peft")
 
 # TRL and transformers still use the old name between themselves; there is nothing that a user could change.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
@@ -303,11 +301,7 @@ def write_summary(
         "output_dir": trainer.args.output_dir,
         "seed": trainer.args.seed,
         "processes": trainer.accelerator.num_processes,
-        "versions": {
-            "python": sys.version.split()[0],
-            "trl_grpo_ext": __version__,  # there is no other record of it where a checkout is used as it is
-            **{package: version(package) for package in PACKAGES},
-        },
+        "versions": installed_versions(),
     }
     file = Path(trainer.args.output_dir, SUMMARY_FILE)
     file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from .checkpoints import WholeCheckpointsMixin
 from .config import GRPOExtConfig, extension_setting
 from .evaluation.undisturbed import UndisturbedEvaluationMixin
 from .iterations import MultiIterationMixin
+from .report.callback import RunRecordCallback
 from .rewards.audit import check_references
 from .rewards.bundle import RewardBundle, refuse_what_is_no_reward
 from .shared_prefix import SharedPrefixMixin
@@ -21,7 +22,8 @@ class GRPOExtTrainer(
 ):
     """`trl.GRPOTrainer` with multi-iteration clipping, a shared prefix, and checkpoints that are whole or not there.
 
-    Evaluations in between do not change what it trains.
+    Evaluations in between do not change what it trains. It writes a record of its run, `record.jsonl` in the output
+    folder, from which `trl-grpo-ext report` makes a page, see [`RunRecordCallback`].
 
     Arguments are the same, in the same order, with a [`GRPOExtConfig`] for `args`. Besides, it knows the rewards of
     this package: the weights of a [`RewardBundle`] are taken from it (and `args.reward_weights` must not contradict
@@ -61,6 +63,8 @@ class GRPOExtTrainer(
             # An environment's own reward has come after the bundle's, and keeps the weight that TRL gives it.
             weights_of_others = self.reward_weights[len(reward_weights) :]
             self.reward_weights = torch.cat([self.reward_weights.new_tensor(reward_weights), weights_of_others])
+        if extension_setting(args, "record_run"):
+            self.add_callback(RunRecordCallback(self))
 
     __init__.__signature__ = inspect.signature(GRPOTrainer.__init__)  # type: ignore[attr-defined]
 

@@ -1,6 +1,8 @@
 """What a run did, and why: its record, what is wrong with it, and a page that shows both.
 
 - [`trl_grpo_ext.report.record`]: `record.jsonl`, which the trainer writes, and how it is read;
+- [`trl_grpo_ext.report.callback`]: the callback that writes it, and [`trl_grpo_ext.report.about`], what it says of
+  the run;
 - [`trl_grpo_ext.report.generations`]: a generation's rewards in numbers.
 
 Reading a record imports no torch.

@@ -5,6 +5,7 @@ its last line. Each has an `event`:
 
 - `begin`, when training begins or goes on: the `step` from which, `time`, and `about` the run: model, data, rewards,
   settings, versions, machine;
+- `about`, when more is known of the run than at its beginning: `step`, and `about`, what is added to it;
 - `generation`, for each generation batch: `step`, `statistics` of all its rewards ([`GenerationStatistics`]), and for
   some of them `samples` ([`Sample`]);
 - `step`, behind each optimizer step: `step`, `time`, `metrics` by TRL's names and this package's, `seconds` by phase;
@@ -192,6 +193,8 @@ class Run:
             [RewardAbout(**reward) for reward in about.get("rewards", [])]
             self.about, self.end = about, None
             self.begins.append((step, float(event["time"])))
+        elif kind == "about":
+            self.about = {**self.about, **event["about"]}
         elif kind == "generation":
             samples = tuple(Sample(step=step, **sample) for sample in event.get("samples", ()))
             self.generations.append(Generation(step, GenerationStatistics.from_dict(event["statistics"]), samples))

@@ -28,6 +28,44 @@ def completion_to_text(completion: Any) -> str:
     return ""
 
 
+def conversation_to_text(messages: Any) -> str:
+    """A prompt or completion as people read it: of several messages each with its role, and with its tool calls.
+
+    Args:
+        messages (`str`, `list[dict]`, `dict` or `None`):
+            As in [`completion_to_text`].
+
+    Returns:
+        `str`:
+            The text, `""` where there is none. Never raises.
+    """
+    if isinstance(messages, str):
+        return messages
+    if isinstance(messages, Mapping):
+        messages = [messages]
+    if not isinstance(messages, Sequence):
+        return ""
+    messages = [message for message in messages if isinstance(message, Mapping)]
+    texts = [_message_to_text(message) for message in messages]
+    if len(texts) == 1:
+        return texts[0]
+    return "\n\n".join(f"{message.get('role', '')}: {text}" for message, text in zip(messages, texts, strict=True))
+
+
+def _message_to_text(message: Mapping[str, Any]) -> str:
+    calls = message.get("tool_calls")
+    called = [f"[calls {_call_to_text(call)}]" for call in calls] if isinstance(calls, list | tuple) else []
+    content = _content_to_text(message.get("content"))
+    return "\n".join([content, *called] if content or not called else called)
+
+
+def _call_to_text(call: Any) -> str:
+    function = call.get("function", call) if isinstance(call, Mapping) else call
+    if not isinstance(function, Mapping):
+        return str(function)
+    return f"{function.get('name', '')}({function.get('arguments', '')})"
+
+
 def _content_to_text(content: Any) -> str:
     if isinstance(content, str):
         return content
