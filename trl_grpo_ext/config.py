@@ -53,6 +53,9 @@ class GRPOExtConfig(GRPOConfig):
         record_run (`bool`, *optional*, defaults to `True`):
             Write `record.jsonl` in the output folder: metrics and times of each step, rewards in numbers, and a sample
             of completions, for `trl-grpo-ext report`. See [`RunRecordCallback`].
+        diagnose (`bool`, *optional*, defaults to `True`):
+            Look at the record after steps, and warn of what is wrong: once for each of the rules of
+            [`trl_grpo_ext.report.doctor`]. It takes less than a thousandth of a second, and needs `record_run`.
     """
 
     reuse_first_pass_logps: bool = field(
@@ -94,6 +97,7 @@ class GRPOExtConfig(GRPOConfig):
         default=True,
         metadata={"help": "Write the run's record, record.jsonl in the output folder, for `trl-grpo-ext report`."},
     )
+    diagnose: bool = field(default=True, metadata={"help": "Warn during training of what is wrong with the run."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,7 +196,7 @@ def _check_tokens_per_micro_batch(args: GRPOConfig) -> None:
 _INDIFFERENT_TO_ROLLOUTS = frozenset(
     {
         *("trust_remote_code", "num_generations_eval", "ds3_gather_for_generation", "save_rollouts", "target_kl"),
-        *("check_references", "record_run"),
+        *("check_references", "record_run", "diagnose"),
         *("log_completions", "log_multimodal", "num_completions_to_print", "log_unique_prompts"),
         *("log_completions_hub_repo", "vllm_server_base_url", "vllm_server_host", "vllm_server_port"),
         *("vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"),

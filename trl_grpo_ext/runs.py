@@ -50,7 +50,7 @@ _REPORTS = (
     *("logging_", "log_", "hub_", "trackio_", "save_", "enable_jit_checkpoint", "num_completions_to_print"),
     *("eval_", "per_device_eval_batch_size", "num_generations_eval", "do_", "debug", "skip_memory_metrics"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "include_num_input_tokens_seen"),
-    *("check_references", "record_run"),
+    *("check_references", "record_run", "diagnose"),
 )
 # How long it goes on (a rate that falls to 0 at the end of a run then falls otherwise):
 _LENGTH = ("max_steps", "num_train_epochs", "max_minutes")

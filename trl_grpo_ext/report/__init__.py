@@ -3,7 +3,9 @@
 - [`trl_grpo_ext.report.record`]: `record.jsonl`, which the trainer writes, and how it is read;
 - [`trl_grpo_ext.report.callback`]: the callback that writes it, and [`trl_grpo_ext.report.about`], what it says of
   the run;
-- [`trl_grpo_ext.report.generations`]: a generation's rewards in numbers.
+- [`trl_grpo_ext.report.generations`]: a generation's rewards in numbers;
+- [`trl_grpo_ext.report.doctor`]: what is wrong with a run, by rules over its record, and [`trl_grpo_ext.report.watch`],
+  the doctor during training.
 
 Reading a record imports no torch.
 """

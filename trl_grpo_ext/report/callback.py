@@ -9,6 +9,7 @@ trainer.train()
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -25,14 +26,17 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
 from .. import compat
+from ..config import extension_setting
 from ..evaluation.history import FIGURES_FILE, read_history
 from ..evaluation.history import FOLDER as ANSWERS
 from ..rewards.correctness import AnswerReward
 from ..rewards.references import reference_to_text
 from ..rewards.text import conversation_to_text
 from .about import about_rewards, about_run
+from .doctor import PROBLEM
 from .generations import RewardAbout, generation_statistics
 from .record import RECORD_FILE, RecordError, Run, Sample, read_record, shortened, to_line
+from .watch import Watch
 
 
 if TYPE_CHECKING:
@@ -108,6 +112,7 @@ class RunRecordCallback(TrainerCallback):
         self._num_generations = 0
         self._prompts_known: dict[str, None] = {}
         self._rewards: list[RewardAbout] = []
+        self._watch: Watch | None = None
         self._metrics_seen: dict[str, tuple[list[float], int]] = {}
         self._metrics_of_steps: set[str] = set()
         self._utilization: list[float] | None = []  # None where it cannot be had
@@ -148,6 +153,7 @@ class RunRecordCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self._is_active:
             self._guarded(self._end_step, state)
+            self._guarded(self._diagnose)
             self._step_ended = perf_counter()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -167,6 +173,7 @@ class RunRecordCallback(TrainerCallback):
         else:
             self._observed.end()
             self._observed = None
+        self._guarded(self._diagnose, is_last=True)
         status = "finished" if state.global_step >= state.max_steps else "stopped"
         self._guarded(self._add, {"event": "end", "step": state.global_step, "time": time.time(), "status": status})
 
@@ -235,6 +242,7 @@ class RunRecordCallback(TrainerCallback):
             for sample in generation.samples[:1]:
                 self._know_prompt(_hash(sample.prompt))
         self._thin_out()
+        self._watch = Watch() if extension_setting(self._trainer.args, "diagnose") else None
 
     def _add_generation(self, batch: _Batch, rows: Any) -> None:
         size = self._trainer.num_generations
@@ -325,6 +333,22 @@ class RunRecordCallback(TrainerCallback):
         )
         self._tell_fast_paths(state)
         self._thin_out()
+
+    def _diagnose(self, is_last: bool = False) -> None:
+        """Say what the doctor finds: each problem once, and once that it no longer holds; all else to the record."""
+        if self._watch is None:
+            return
+        try:
+            events = self._watch.look(self.run, is_last=is_last)
+        except Exception as error:  # a diagnosis that fails is no reason to stop, nor to lose the record
+            self._watch = None
+            logger.warning(f"doctor: no more diagnosis of this run ({type(error).__name__}: {error}); it goes on.")
+            return
+        for event in events:
+            self._add(event)
+            if event["is_first"]:
+                level = logging.WARNING if event["holds"] and event["severity"] == PROBLEM else logging.INFO
+                logger.log(level, f"doctor: {event['message']}")
 
     def _tell_fast_paths(self, state: Any) -> None:
         """Behind the first step: by then the trainer has found out what it can do."""

@@ -1,0 +1,119 @@
+"""What rules look at: the first and the latest of a run, however long it is. Imports no torch."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .generations import RewardAbout, RewardStatistics
+from .record import Generation, Run, Sample
+
+
+# So many steps and logs are looked through for a metric, and not more: a long run is no dearer than a short one.
+LOOK_BACK = 240
+
+Series = list[tuple[int, float]]
+
+
+def latest(run: Run, name: str, count: int) -> Series:
+    """The last values of a metric with their steps, oldest first; of logs where steps have none. [] if too few."""
+    found = [(step.step, step.metrics[name]) for step in run.steps[-LOOK_BACK:] if name in step.metrics]
+    found = found or [(log.step, log.logs[name]) for log in run.logs[-LOOK_BACK:] if name in log.logs]
+    return found[-count:] if len(found) >= count else []
+
+
+def earliest(run: Run, name: str, count: int) -> Series:
+    """The first values of a metric, as [`latest`] gives the last."""
+    found = [(step.step, step.metrics[name]) for step in run.steps[:LOOK_BACK] if name in step.metrics]
+    found = found or [(log.step, log.logs[name]) for log in run.logs[:LOOK_BACK] if name in log.logs]
+    return found[:count] if len(found) >= count else []
+
+
+def mean(series: Series) -> float:
+    return statistics.fmean(value for _, value in series)
+
+
+def median(series: Series) -> float:
+    return statistics.median(value for _, value in series)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some generation batches, one behind the other, as one.
+
+    Args:
+        generations (`Sequence[Generation]`):
+            At least one, the oldest first.
+    """
+
+    generations: Sequence[Generation]
+
+    @property
+    def step(self) -> int:
+        """The first optimizer step that its completions were used for."""
+        return self.generations[0].step + 1
+
+    @property
+    def completions(self) -> int:
+        return self.total("completions")
+
+    @property
+    def groups(self) -> int:
+        return self.total("groups")
+
+    def total(self, name: str) -> int:
+        return sum(getattr(generation.statistics, name) for generation in self.generations)
+
+    def share(self, name: str) -> float:
+        """A count of groups as a share of all."""
+        return self.total(name) / self.groups
+
+    def mean(self, name: str) -> float | None:
+        """Of `right` or `formatted`, over completions."""
+        known = [
+            (value, generation.statistics.completions)
+            for generation in self.generations
+            if (value := getattr(generation.statistics, name)) is not None
+        ]
+        total = sum(count for _, count in known)
+        return sum(value * count for value, count in known) / total if total else None
+
+    def of(self, reward: RewardAbout) -> list[RewardStatistics]:
+        """A reward function's scores, a generation batch after the other."""
+        found = [generation.statistics.rewards.get(reward.name) for generation in self.generations]
+        return [statistics_ for statistics_ in found if statistics_ is not None]
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Completions that were kept, the latest first."""
+        return [sample for generation in reversed(self.generations) for sample in generation.samples]
+
+
+def last_window(run: Run, *, completions: int = 1, groups: int = 1, generations: int = 1) -> Window | None:
+    """The shortest window up to now with at least so many of each; `None` where the run has not so many."""
+    return _window(run.generations, -1, completions, groups, generations)
+
+
+def first_window(run: Run, *, completions: int = 1, groups: int = 1, generations: int = 1) -> Window | None:
+    """The shortest window from the beginning on with at least so many of each."""
+    return _window(run.generations, 1, completions, groups, generations)
+
+
+def _window(
+    found: Sequence[Generation], direction: int, completions: int, groups: int, generations: int
+) -> Window | None:
+    has_completions = has_groups = 0
+    for count in range(1, min(len(found), LOOK_BACK) + 1):
+        generation = found[count - 1] if direction > 0 else found[-count]
+        has_completions += generation.statistics.completions
+        has_groups += generation.statistics.groups
+        if count >= generations and has_completions >= completions and has_groups >= groups:
+            return Window(found[:count] if direction > 0 else found[-count:])
+    return None
+
+
+def both_windows(run: Run, *, steps_between: int = 0, **least: int) -> tuple[Window, Window] | None:
+    """The first and the last window, if they do not overlap and lie so many steps apart."""
+    first, last = first_window(run, **least), last_window(run, **least)
+    if first is None or last is None or len(first.generations) + len(last.generations) > len(run.generations):
+        return None
+    return (first, last) if last.step - first.step >= steps_between else None
