@@ -14,7 +14,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import jinja2
@@ -25,6 +25,7 @@ import pdoc.render_helpers
 import trl_grpo_ext
 
 
+ADDRESS = re.compile(r"(?<![<`'\"\w(/])https?://[^\s)>`'\"]*[\w/]|(?<=[^\]]\()https?://[^\s)>`'\"]*[\w/]")  # bare ones
 OUTPUT = Path(__file__).resolve().parent.parent / "outputs" / "docs"
 REFERENCE = re.compile(r"\[`~?([\w.]+)(?:\(\))?`\]")
 
@@ -36,63 +37,65 @@ def public_modules() -> list[str]:
     return ["trl_grpo_ext", *(name for name in names if not any(part.startswith("_") for part in name.split(".")))]
 
 
-def resolve(name: str, module: ModuleType, within: str = "") -> Any:
-    """What a docstring of a module, or of a class in it, means by a name, dotted or not.
+def find(name: str, module: ModuleType) -> tuple[str, str]:
+    """Where that is documented which a docstring of a module means by a name: the module, and the name in it.
+
+    It may be a dotted name, one that the module knows, a member of one of its classes, or one that a single module of
+    the package defines.
 
     Raises:
         LookupError: If there is nothing of that name.
     """
-    for start in (within, ""):
-        found: Any = module
-        try:
-            for part in [*start.split("."), *name.split(".")]:
-                found = getattr(found, part) if part else found
-            return found
-        except AttributeError:
-            pass
-    for end in range(name.count(".") + 1, 0, -1):
-        parts = name.split(".")
-        try:
-            found = importlib.import_module(".".join(parts[:end]))
-            for part in parts[end:]:
-                found = getattr(found, part)
-            return found
-        except (ImportError, AttributeError):
-            pass
+    first, _, rest = name.partition(".")
+    if name in sys.modules:
+        return name, ""
+    owner, _, last = name.rpartition(".")
+    if hasattr(sys.modules.get(owner), last):
+        return home_of(getattr(sys.modules[owner], last), owner, last)
+    for place in [module, *(sys.modules[other] for other in public_modules() if other in sys.modules)]:
+        if hasattr(place, first) and not (rest and not has_member(getattr(place, first), rest)):
+            home, qualname = home_of(getattr(place, first), place.__name__, first)
+            return home, f"{qualname}.{rest}".strip(".")
+    for found in vars(module).values():
+        if isinstance(found, type) and found.__module__.startswith("trl_grpo_ext") and has_member(found, name):
+            return found.__module__, f"{found.__qualname__}.{name}"
     raise LookupError(name)
 
 
-def place_of(name: str, found: Any, module: ModuleType) -> tuple[str, str]:
-    """The module in which something is documented, and its name there."""
+def has_member(found: Any, name: str) -> bool:
+    return hasattr(found, name) or name in getattr(found, "__annotations__", {})
+
+
+def home_of(found: Any, module: str, name: str) -> tuple[str, str]:
+    """The module of a class or a function, and its name there; of anything else, where it was found."""
     if isinstance(found, ModuleType):
         return found.__name__, ""
-    of_class = getattr(found, "fget", found)  # a property has its getter's name
-    if hasattr(of_class, "__qualname__") and getattr(of_class, "__module__", None):
-        return of_class.__module__, of_class.__qualname__
-    owner, _, attribute = name.rpartition(".")
-    return (owner, attribute) if owner in sys.modules else (module.__name__, name)
+    if isinstance(found, type | FunctionType):
+        return found.__module__, found.__qualname__
+    return module, name
 
 
 @jinja2.pass_context
 def to_markdown(context: jinja2.runtime.Context, docstring: str) -> str:
     """Markdown of a docstring in TRL's format, where pdoc has a filter for that of Google's."""
-    page = context["module"].modulename
-    module = sys.modules[page]
+    page = getattr(context.get("module"), "modulename", None)
 
     def link(match: re.Match[str]) -> str:
         name = match[1]
-        try:
-            owner, qualname = place_of(name, resolve(name, module), module)
-        except LookupError:
-            warnings.warn(f"{page}: a docstring refers to `{name}`, which is not there", stacklevel=2)
-            return f"`{name}`"
         short = name.rpartition(".")[2] if match[0].startswith("[`~") else name
+        if page is None:  # what is on no module's page
+            return f"`{short}`"
+        try:
+            owner, qualname = find(name, sys.modules[page])
+        except LookupError:
+            warnings.warn(f"{page}: a docstring refers to {name}, which is not there", stacklevel=2)
+            return f"`{short}`"
         if owner not in context["all_modules"] or any(part.startswith("_") for part in qualname.split(".")):
             return f"`{short}`"
         address = pdoc.render_helpers.relative_link(page, owner)
         return f"[`{short}`]({address}{'#' * bool(qualname)}{qualname})"
 
-    docstring = REFERENCE.sub(link, docstring)
+    docstring = REFERENCE.sub(link, ADDRESS.sub(r"<\g<0>>", docstring))
     docstring = re.sub(r"^Examples?:\n+(?=```)", "###### Example:\n\n", docstring, flags=re.MULTILINE)
     return pdoc.render_helpers.to_markdown_with_context(context, docstring)
 
@@ -105,7 +108,7 @@ def import_all() -> dict[str, ModuleType]:
     for module in modules.values():
         for name in getattr(module, "__all__", ()):
             setattr(module, name, getattr(module, name))
-    for name, module in modules.items():
+    for name in modules:
         parent, _, last = name.rpartition(".")
         if hasattr(modules.get(parent), "__all__"):  # of these, pdoc lists what they name
             modules[parent].__all__ = [*modules[parent].__all__, last]
@@ -119,6 +122,9 @@ def build(folder: Path) -> None:
     pdoc.render.env.filters["to_markdown"] = to_markdown
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # Of types of packages that are not installed, and those that TRL imports for type checkers alone, pdoc shows
+        # the names.
+        warnings.filterwarnings("ignore", message="Error parsing type annotation|Failed to run TYPE_CHECKING")
         pages = {f"{name.replace('.', '/')}.html": pdoc.render.html_module(modules[name], modules) for name in modules}
         pages |= {"index.html": pdoc.render.html_index(modules), "search.js": pdoc.render.search_index(modules)}
     for name, content in pages.items():

@@ -29,10 +29,12 @@ def earliest(run: Run, name: str, count: int) -> Series:
 
 
 def mean(series: Series) -> float:
+    """The mean of a series' values."""
     return statistics.fmean(value for _, value in series)
 
 
 def median(series: Series) -> float:
+    """Their median."""
     return statistics.median(value for _, value in series)
 
 
