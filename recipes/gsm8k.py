@@ -153,6 +153,7 @@ def main(argv: list[str]) -> None:
         )
         titles = ARITHMETIC_TITLES if args.dataset_name == ARITHMETIC else TITLES
         script.print_summary(summary, evaluation.before, evaluation.after, titles)
+        script.write_report(trainer)
     trainer.accelerator.wait_for_everyone()  # a process that is gone early can leave another one waiting
 
 

@@ -177,6 +177,7 @@ def main(argv: list[str]) -> None:
         dataset = mixture or args.dataset_name
         summary = script.write_summary(trainer, before, after, seconds=seconds, model=name, dataset=dataset)
         script.print_summary(summary, before, after, {"heldout": "held-out problems"})
+        script.write_report(trainer)
     trainer.accelerator.wait_for_everyone()  # a process that is gone early can leave another one waiting
 
 

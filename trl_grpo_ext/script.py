@@ -2,7 +2,7 @@
 
 In the order in which a script calls them: [`check_settings`], [`set_cpu_threads`], [`find_start`], [`find_bundle`],
 [`load_tokenizer`], [`model_init_kwargs`], [`make_trainer`], [`add_evaluation`], [`train`], [`save`],
-[`write_summary`], [`print_summary`].
+[`write_summary`], [`print_summary`], [`write_report`].
 Exit status: 2 for wrong arguments, 1 for what could not be had.
 """
 
@@ -28,7 +28,7 @@ from .checkpoints import CheckpointError
 from .config import GRPOExtConfig
 from .embedded_policy import EMBEDDED_POLICY, embedded_policy_path
 from .evaluation import EvaluationCallback, Figures, table_of
-from .exits import stop
+from .exits import one_line, stop
 from .ranks import BoundCollectiveCalls, is_so_anywhere
 from .rewards.bundle import RewardBundle
 from .rewards.names import find_rewards
@@ -331,3 +331,30 @@ def print_summary(
         f"{summary['optimizer_steps']} optimizer steps, {summary['seconds']:.0f} s; "
         f"summary and model are in {summary['output_dir']}"
     )
+
+
+def write_report(trainer: Any) -> Path | None:
+    """Write the run's report beside its record, and say where it is; a run never fails for it.
+
+    Returns:
+        `Path`, *optional*:
+            The file, or `None` where there is no record, or no package to draw it with.
+    """
+    from .report.page import REPORT_FILE, PackageMissingError
+    from .report.page import write_report as write
+    from .report.record import RecordError, read_record
+
+    folder = Path(trainer.args.output_dir)
+    try:
+        file = write([read_record(folder)], folder / REPORT_FILE)
+    except PackageMissingError as error:
+        print(f"note: there is no report of the run: {one_line(error)}", file=sys.stderr)
+        print(f"With these, `trl-grpo-ext report {folder}` writes one.")
+    except RecordError:  # record_run=False
+        print("note: there is no report of the run, because it kept no record of itself", file=sys.stderr)
+    except Exception as error:  # what was trained must not be lost for a page
+        print(f"note: no report was written ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
+    else:
+        print(f"The report is in {file}")
+        return file
+    return None

@@ -15,6 +15,7 @@ SUBCOMMANDS = {
     "compare": "two files of answers to the same questions, problem by problem",
     "audit": "which of a data set's own references get no full marks from a bundle of rewards",
     "score": "a bundle of rewards over a file of completions",
+    "report": "a run, or several side by side, as a page: what happened, what is wrong, what it wrote",
     "grpo": "train: all that `trl grpo` takes, with GRPOExtTrainer",
 }
 USAGE = "usage: trl-grpo-ext SUBCOMMAND [options]"

@@ -24,11 +24,11 @@ PROBLEMS, SAMPLES_OF_GROUP = 8, 4
 # Longer texts are folded: their beginning and end are shown, and all of it on demand.
 FOLDED_CHARS, BEGINNING_CHARS, END_CHARS = 900, 420, 260
 # Of the classes of problems, how many are shown, in this order; then more of each until there are enough.
-SHARES = {"turned right": 3, "stayed wrong": 2, "turned wrong": 2, "truncated": 1, "stayed right": 1}
+SHARES = {"turned right": 3, "stayed wrong": 2, "turned wrong": 1, "truncated": 1, "stayed right": 1}
 
 _TAG = re.compile(r"</?[A-Za-z_][\w.-]{0,40}>")
 _HIDDEN = re.compile(
-    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\xad\\u061c\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff0-\\uffff"
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\xad\\u061c\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff0-\\uffff"
     "\\ud800-\\udfff]"
 )
 
@@ -299,7 +299,8 @@ def _best_and_worst(samples: Sequence[Sample]) -> list[tuple[int, Sample]]:
 
 
 def _last_part(prompt: str) -> str:
-    return prompt.strip()
+    """The question of a prompt, as [`~trl_grpo_ext.rewards.text.conversation_to_text`] writes messages."""
+    return prompt.rpartition("\n\nuser: ")[2].strip() if prompt.startswith("system: ") else prompt.strip()
 
 
 def _of_sample(run: Run, number: int, sample: Sample) -> Shown:

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ SECTIONS = {
     "How is it updated?": ("kl", "clipped", "passes", "reference", "sampler", "gradient", "rate"),
     "What does it cost?": ("seconds", "tokens", "gpu"),
 }
+BRIEF = ("strict", "answer", "format")
 FIGURES = ("strict", "answer", "format", "truncated", "tokens")
 NAMES_OF_FIGURES = {
     "strict": ("strict", "right, and in the answer tag"),
@@ -87,12 +88,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of figures."""
+    """A table of figures; `more` are rows that are there on demand."""
 
     title: str
     heads: list[str]
     rows: list[Row]
     note: str = ""
+    more: list[Row] = field(default_factory=list)
 
 
 def write_report(runs: Sequence[Run], file: str | os.PathLike[str]) -> Path:
@@ -190,7 +192,7 @@ def render(runs: Sequence[Run]) -> str:
         about=[(part.name, _about(part.run)) for part in parts],
         record_file=RECORD_FILE,
         version=__version__,
-        script=Markup(script),  # noqa: S704 - the package's own file
+        script=Markup(script),  # the package's own file
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
@@ -258,7 +260,9 @@ def _sections(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, list
         legend = [(curve.label, curve.colour + 1, DASHES[curve.dash % len(DASHES)]) for curve in chart.curves]
         svg = draw(replace(chart, name=f"figure-{number}"))
         sections[section_of[chart.name.partition(":")[0]]].append(
-            Figure(chart, Markup(svg), legend if len(legend) > 1 else [])  # noqa: S704 - no text of a run is in it
+            Figure(
+                chart, Markup(svg), legend if len(legend) > 1 or chart.is_stacked else []
+            )  # no text of a run is in it
         )
     return [(title, figures) for title, figures in sections.items() if figures]
 
@@ -334,17 +338,21 @@ def _results_of_one(run: Run, differences: dict[str, Difference]) -> list[Table]
             rows.append(_row(figure, cells))
         heads = [_when(record) for record in ends] + (["paired difference"] if paired else [])
         items = last.figures.items
-        tables.append(Table(f"{visible(name)}: {items:,} problems, in %", heads, rows))
+        tables.append(_table(f"{visible(name)}: {items:,} problems, in %", heads, rows))
     return tables
+
+
+def _table(title: str, heads: list[str], rows: list[Row], note: str = "") -> Table:
+    """A table whose first rows are shown, with the others on demand."""
+    brief = [row for row in rows if row.name in BRIEF or row.name.startswith("mean@")]
+    return Table(title, heads, brief, note, [row for row in rows if row not in brief])
 
 
 def _when(record: EvaluationRecord) -> str:
     return {"before": "before", "after": f"after {record.step} steps"}.get(record.evaluation, f"step {record.step}")
 
 
-def _results_of_several(
-    runs: Sequence[Run], names: Sequence[str], answers: Sequence[Sequence[Answer]]
-) -> list[Table]:
+def _results_of_several(runs: Sequence[Run], names: Sequence[str], answers: Sequence[Sequence[Answer]]) -> list[Table]:
     tables = []
     sets = dict.fromkeys(record.set for run in runs for record in run.evaluations)
     for number, name in enumerate(sets):
@@ -359,7 +367,7 @@ def _results_of_several(
             for run_name, record in zip(names, lasts, strict=True)
         ]
         items = " or ".join(sorted({f"{record.figures.items:,}" for record in found}))
-        tables.append(Table(f"{visible(name)}: {items} problems, in %", heads, rows))
+        tables.append(_table(f"{visible(name)}: {items} problems, in %", heads, rows))
         if number == 0:
             tables += _paired(names, answers)
     tables.append(_costs_of_several(runs, names))
@@ -384,7 +392,7 @@ def _paired(names: Sequence[str], answers: Sequence[Sequence[Answer]]) -> list[T
     rows = [_row(name, [_difference_cell(of_run.get(name)) for of_run in found.values()]) for name in chosen]
     shared = len(set(first_answers(answers[0])) & set().union(*(first_answers(of_run) for of_run in answers[1:])))
     return [
-        Table(
+        _table(
             f"Difference to {names[0]}, problem by problem, in points",
             list(found),
             rows,
@@ -432,7 +440,10 @@ def _differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     if len(runs) == 1:
         return []
     flat = [_flat({key: value for key, value in run.about.items() if key != "settings"}) for run in runs]
-    tables = [of_run | {str(name): value for name, value in run.settings.items()} for of_run, run in zip(flat, runs)]
+    tables = [
+        of_run | {str(name): value for name, value in run.settings.items()}
+        for of_run, run in zip(flat, runs, strict=True)
+    ]
     names = dict.fromkeys(name for table in tables for name in sorted(table))
     ignored = {"output_dir", "run_name", "logging_dir"}
     rows = []
@@ -460,7 +471,7 @@ def _about(run: Run) -> list[tuple[str, str]]:
         for reward in run.rewards
     }
     rest = _flat({key: value for key, value in run.about.items() if key not in ("settings", "rewards")})
-    folder = {} if run.folder is None else {"folder": str(run.folder)}
-    return [(visible(name), _text(value)) for name, value in (rest | rewards | folder).items()]
-
-
+    return [
+        (visible(name), f"{value:,}" if isinstance(value, int) else _text(value))
+        for name, value in (rest | rewards).items()
+    ]

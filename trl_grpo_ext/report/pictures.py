@@ -28,7 +28,7 @@ _COLOURS = {f"--c{number + 1}": f"#01010{number + 1}" for number in range(SERIES
     "--line": "#020203",
     "--grid": "#020204",
 }
-DASHES = ("", "5 2.5", "1.5 2", "7 2 1.5 2", "9 3", "3 1.5")
+DASHES = ("", "5 3.5", "1.5 2", "7 2 1.5 2", "9 3", "3 1.5")
 # A point of a curve for each of so many stretches is as much as can be seen.
 MAX_POINTS = 300
 MAX_BARS = 12
@@ -95,6 +95,10 @@ class Chart:
             Of the vertical axis, where they are known.
         marks (`list[tuple[float, str]]`):
             Heights of dotted lines, and what they are.
+        last_x (`float`):
+            How far the horizontal axis goes at least: all charts of a run as far.
+        stretches (`int`):
+            Areas are means over so many stretches: single steps jump too much to be stacked.
     """
 
     name: str
@@ -106,6 +110,8 @@ class Chart:
     is_stacked: bool = False
     limits: tuple[float | None, float | None] = (None, None)
     marks: list[tuple[float, str]] = field(default_factory=list)
+    last_x: float = 0
+    stretches: int = 60
 
 
 def charts_of(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Chart]:
@@ -117,7 +123,7 @@ def charts_of(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[C
         names (`Sequence[str]`, *optional*):
             What legends call them.
     """
-    builders: tuple[Callable[[Sequence[Run]], Iterable[Chart]], ...] = (
+    builders: tuple[Callable[[Run], Iterable[Chart]], ...] = (
         _accuracies,
         _format_and_correctness,
         _rewards,
@@ -128,16 +134,17 @@ def charts_of(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[C
         _optimizer,
         _costs,
     )
+    last_x = max((run.last_step for run in runs), default=0)
     if len(runs) == 1:
-        return [chart for build in builders for chart in build(runs)]
+        return [replace(chart, last_x=last_x) for build in builders for chart in build(runs[0])]
     # Each run's charts, put together by their names: a colour for each run, a dash for each curve
     found: dict[str, list[tuple[int, Chart]]] = {}
     for number, run in enumerate(runs):
         for build in builders:
-            for chart in build([run]):
+            for chart in build(run):
                 found.setdefault(chart.name, []).append((number, chart))
     names = [run.name for run in runs] if names is None else names
-    return [_over_one_another(charts, names) for charts in found.values()]
+    return [replace(_over_one_another(charts, names), last_x=last_x) for charts in found.values()]
 
 
 def _over_one_another(charts: list[tuple[int, Chart]], names: Sequence[str]) -> Chart:
@@ -198,25 +205,22 @@ def _total(chart: Chart) -> Curve:
 # What is drawn: each of these yields the charts for which the run has the numbers.
 
 
-def _accuracies(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _accuracies(run: Run) -> Iterable[Chart]:
     for number, name in enumerate(dict.fromkeys(record.set for record in run.evaluations)):
         records = evaluations_of(run, name)
         main = convention_of(records)
         shown = [main, "answer" if main == "strict" else "strict"]
         shown += [found for found in records[-1].figures.estimates if found.startswith("mean@")][:1]
-        curves = []
+        curves: list[Curve] = []
         for metric in shown:
             found = [(r.step, r.figures.estimates[metric]) for r in records if metric in r.figures.estimates]
             if found and (metric == main or any(estimate.mean > 0 for _, estimate in found)):
                 x, y, low, high = np.array([(s, 100 * e.mean, 100 * e.low, 100 * e.high) for s, e in found]).T
                 spot = len(curves)
-                curves.append(
-                    Curve(_LABELS.get(metric, metric), x, y, low, high, spot, spot, is_noisy=False, has_points=True)
-                )
+                curves.append(Curve(metric, x, y, low, high, spot, spot, is_noisy=False, has_points=True))
         right = _of_generations(run, lambda statistics: _hundred(statistics.right))
         if number == 0 and len(right[0]) > 1:
-            curves.append(Curve("right in training", *right, colour=3, dash=2, is_thin=True))
+            curves.append(Curve("right in training", *right, colour=5, is_thin=True))
         if curves:
             items = records[-1].figures.items
             yield Chart(
@@ -224,12 +228,10 @@ def _accuracies(runs: Sequence[Run]) -> Iterable[Chart]:
                 _accuracy_title(records, main, name if number else ""),
                 PERCENT.format("answers that are right"),
                 curves,
-                note=f"{items:,} held-out problems, with 95 % intervals.",
+                note=f"{items:,} held-out problems, with 95 % intervals. Under strict an answer counts in its tag "
+                "alone, under answer wherever it stands.",
                 limits=(0, 100),
             )
-
-
-_LABELS = {"strict": "strict: in the answer tag", "answer": "answer: wherever it stands"}
 
 
 def _accuracy_title(records: list[Any], metric: str, name: str) -> str:
@@ -247,8 +249,7 @@ def _accuracy_title(records: list[Any], metric: str, name: str) -> str:
     return f"{subject} {verb} from {100 * first.mean:.0f} to {100 * last.mean:.0f} %"
 
 
-def _format_and_correctness(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _format_and_correctness(run: Run) -> Iterable[Chart]:
     right = _of_generations(run, lambda statistics: _hundred(statistics.right))
     formatted = _of_generations(run, lambda statistics: _hundred(statistics.formatted))
     curves = []
@@ -284,8 +285,7 @@ def _format_title(right: np.ndarray, formatted: np.ndarray) -> str:
     return "Neither format nor correctness rose"
 
 
-def _rewards(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _rewards(run: Run) -> Iterable[Chart]:
     abouts = {reward.name: reward for reward in run.rewards}
     names = dict.fromkeys(name for found in run.generations for name in found.statistics.rewards)
     for name in list(names)[:8]:
@@ -303,7 +303,7 @@ def _rewards(runs: Sequence[Run]) -> Iterable[Chart]:
         weight = f" Its weight is {about.weight:g}." if about is not None else ""
         yield Chart(
             f"reward:{name}",
-            f"{name} {_course(y, '{:.2f}')}",
+            f"{name} {_course(y, '{:.2f}', '' if full is None else f'of {full:g}')}",
             "score" if full is None else f"score (full marks {full:g})",
             [curve],
             note=f"Mean, and one standard deviation of the completions to each side.{weight}",
@@ -312,8 +312,7 @@ def _rewards(runs: Sequence[Run]) -> Iterable[Chart]:
         )
 
 
-def _groups(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _groups(run: Run) -> Iterable[Chart]:
     found = [
         (g.step, s.silent_right, s.silent_wrong, s.silent_unscored, s.silent, s.groups)
         for g in run.generations
@@ -331,8 +330,8 @@ def _groups(runs: Sequence[Run]) -> Iterable[Chart]:
     curves = [
         Curve(name, x, 100 * values / groups, colour=colour, dash=colour)
         for name, (values, colour) in parts.items()
-        if values.any() or name in ("all right", "all wrong")
-    ]
+        if values.any()
+    ] or [Curve("all right", x, right)]
     share = 100 * silent.sum() / groups.sum()
     late = max(1, len(x) // 5)
     most = max(parts, key=lambda name: parts[name][0][-late:].sum())
@@ -351,21 +350,20 @@ def _groups(runs: Sequence[Run]) -> Iterable[Chart]:
     )
 
 
-def _lengths(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _lengths(run: Run) -> Iterable[Chart]:
     x, y = _series(run, "completions/mean_length")
-    longest = run.settings.get("max_completion_length")
+    longest = _number(run, "max_completion_length")
     if len(x):
         curves = [Curve("mean", x, y)]
-        has_mark = isinstance(longest, int | float) and longest < 4 * y.max()
+        mark = longest if longest is not None and longest < 4 * y.max() else None
         yield Chart(
             "length",
             f"Completions {_course(y, '{:.0f}', 'tokens', stays='were')}",
             "tokens in a completion",
             curves,
-            note=f"Mean length. The longest possible is {longest:,} tokens." if longest else "Mean length.",
-            limits=(0, longest * 1.05 if has_mark else None),
-            marks=[(longest, "longest possible")] if has_mark else [],
+            note=f"Mean length. The longest possible is {longest:,.0f} tokens." if longest else "Mean length.",
+            limits=(0, mark * 1.05 if mark is not None else None),
+            marks=[(mark, "longest possible")] if mark is not None else [],
         )
     x, y = _series(run, "completions/clipped_ratio")
     if len(x):
@@ -384,12 +382,11 @@ def _lengths(runs: Sequence[Run]) -> Iterable[Chart]:
         )
 
 
-def _passes(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _passes(run: Run) -> Iterable[Chart]:
     planned = run.settings.get("num_iterations")
     kl, clipped = _by_pass(run, "approx_kl", 1), _by_pass(run, "clip_ratio", 100)
     if kl:
-        target = run.settings.get("target_kl")
+        target = _number(run, "target_kl")
         last = kl[-1]
         at_last = _ends(last.y)[1]
         yield Chart(
@@ -398,9 +395,9 @@ def _passes(runs: Sequence[Run]) -> Iterable[Chart]:
             "KL from the old policy, nats a token",
             kl,
             note="How far the policy is from the one that generated, measured at the beginning of each pass."
-            + (f" Beyond {target:g} no further pass begins." if isinstance(target, float) else ""),
+            + (f" Beyond {target:g} no further pass begins." if target is not None else ""),
             limits=(0, None),
-            marks=[(target, "target_kl")] if isinstance(target, float) else [],
+            marks=[(target, "target_kl")] if target is not None else [],
         )
     if not clipped:
         x, y = _series(run, "clip_ratio/region_mean")
@@ -426,7 +423,7 @@ def _passes(runs: Sequence[Run]) -> Iterable[Chart]:
             f"All {planned} passes were used" if all_used else f"{mean:.1f}{of} passes were used on average",
             "passes over a batch",
             [Curve("used", x, y)],
-            note="Passes over each batch of completions, before target_kl ended them.",
+            note="Passes over each batch of completions; target_kl can end them early.",
             limits=(0, (planned if isinstance(planned, int) else float(y.max())) * 1.15),
         )
     x, y = _series(run, "kl")
@@ -453,8 +450,7 @@ def _by_pass(run: Run, metric: str, scale: float) -> list[Curve]:
     return curves
 
 
-def _sampler(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _sampler(run: Run) -> Iterable[Chart]:
     x, y = _series(run, "sampling/importance_sampling_ratio/mean")
     if len(x):
         yield Chart(
@@ -466,8 +462,7 @@ def _sampler(runs: Sequence[Run]) -> Iterable[Chart]:
         )
 
 
-def _optimizer(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _optimizer(run: Run) -> Iterable[Chart]:
     x, y = _series(run, "entropy")
     if len(x):
         yield Chart(
@@ -480,16 +475,16 @@ def _optimizer(runs: Sequence[Run]) -> Iterable[Chart]:
         )
     x, y = _series(run, "grad_norm")
     if len(x):
-        limit = run.settings.get("max_grad_norm")
-        has_limit = isinstance(limit, int | float) and 0 < limit < 2 * y.max()
+        limit = _number(run, "max_grad_norm")
+        limit = limit if limit is not None and 0 < limit < 2 * y.max() else None
         yield Chart(
             "gradient",
             f"The gradient's norm {_course(y, '{:.2g}')}",
             "norm of the gradient, before clipping",
             [Curve("norm", x, y)],
-            note=f"Above max_grad_norm, {limit:g}, gradients are scaled down." if has_limit else "",
+            note=f"Above max_grad_norm, {limit:g}, gradients are scaled down." if limit is not None else "",
             limits=(0, None),
-            marks=[(float(limit), "max_grad_norm")] if has_limit else [],
+            marks=[(limit, "max_grad_norm")] if limit is not None else [],
         )
     x, y = _series(run, "learning_rate")
     if len(x) and y.max() > 0:
@@ -506,8 +501,7 @@ def _optimizer(runs: Sequence[Run]) -> Iterable[Chart]:
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def _costs(runs: Sequence[Run]) -> Iterable[Chart]:
-    (run,) = runs
+def _costs(run: Run) -> Iterable[Chart]:
     (x, tokens), (_, padded) = _series(run, "update/tokens"), _series(run, "update/tokens_padded")
     if len(x) and len(x) == len(padded) and padded.sum() > 0:
         share = 100 * tokens.sum() / padded.sum()
@@ -553,6 +547,7 @@ def _seconds(run: Run) -> Iterable[Chart]:
         f"{subject} took {100 * parts[most].sum() / total:.0f} % of the time",
         "seconds in a step",
         [Curve(name, x, values, colour=spot, dash=spot) for spot, (name, values) in enumerate(parts.items())],
+        stretches=max(1, min(60, len(run.generations) or 60)),  # a pass alone has no generation
         note=f"In all: {shares}. Between steps lie evaluations, saving and logging.",
         is_stacked=True,
         limits=(0, None),
@@ -560,6 +555,11 @@ def _seconds(run: Run) -> Iterable[Chart]:
 
 
 # From numbers to words.
+
+
+def _number(run: Run, setting: str) -> float | None:
+    value = run.settings.get(setting)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -605,6 +605,8 @@ def _course(values: np.ndarray, form: str, unit: str = "", stays: str = "stayed 
     first, last = (form.format(value) for value in _ends(values))
     if len(values) == 1:
         return f"is {first}{unit}"
+    if not values.any():
+        return f"stayed at 0{unit}"
     if not _is_trend(values) or first == last:
         middle = form.format(float(values.mean()))
         return f"{'were about' if stays == 'were' else stays} {middle}{unit}"
@@ -639,7 +641,7 @@ def draw(chart: Chart) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": chart.name,
         "font.size": 11,
@@ -671,8 +673,8 @@ def _draw_curve(axes: Any, curve: Curve) -> None:
             axes.vlines(x, curve.low, curve.high, color=colour, linewidth=1.1, alpha=0.55)
         elif curve.low is not None and curve.high is not None:
             axes.fill_between(x, curve.low, curve.high, color=colour, alpha=0.14, linewidth=0)
-        axes.plot(x, y, color=colour, linewidth=1.8, dashes=dashes)
-        axes.plot(x, y, color=colour, linewidth=0, marker="o", markersize=2.5 if many else 4.5)
+        axes.plot(x, y, color=colour, linewidth=1.8, dashes=dashes, clip_on=False)
+        axes.plot(x, y, color=colour, linewidth=0, marker="o", markersize=2.5 if many else 4.5, clip_on=False)
         return
     window = window_of(len(y)) if curve.is_noisy else 1
     smooth = running_mean(y, window)
@@ -686,12 +688,12 @@ def _draw_curve(axes: Any, curve: Curve) -> None:
         axes.fill_between(middle, lows, highs, color=colour, alpha=0.2, linewidth=0)
     elif curve.is_noisy and window > 1:
         axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.35 if not curve.is_thin else 0.2)
-    axes.plot(*_thinned(x, smooth), color=colour, linewidth=width, dashes=dashes, marker="o" if len(y) == 1 else "")
+    marker = "o" if len(y) == 1 else ""
+    axes.plot(*_thinned(x, smooth), color=colour, linewidth=width, dashes=dashes, marker=marker, clip_on=False)
 
 
 def _draw_areas(axes: Any, chart: Chart) -> None:
-    """Areas of means over stretches: single steps jump too much to be stacked."""
-    count = 60
+    count = chart.stretches
     x = np.array([part.mean() for part in _stretches(chart.curves[0].x, count)])
     below = np.zeros_like(x)
     for curve in chart.curves:
@@ -700,8 +702,7 @@ def _draw_areas(axes: Any, chart: Chart) -> None:
         if len(x) == 1:
             axes.bar(x, above - below, bottom=below, color=colour, alpha=0.7, width=0.5)
         else:
-            axes.fill_between(x, below, above, color=colour, alpha=0.62, linewidth=0)
-            axes.plot(x, above, color=colour, linewidth=1)
+            axes.fill_between(x, below, above, color=colour, alpha=0.75, linewidth=0)
         below = above
 
 
@@ -729,7 +730,7 @@ def _dress(axes: Any, chart: Chart) -> None:
         axes.set_ylim(low, top + 0.08 * (top - low) if top > low else low + 1)
     for height, _ in chart.marks:
         axes.axhline(height, color=soft, linewidth=1, linestyle=(0, (1, 2)))
-    last = max(float(curve.x[-1]) for curve in chart.curves)
+    last = max(chart.last_x, *(float(curve.x[-1]) for curve in chart.curves))
     first = min(float(curve.x[0]) for curve in chart.curves)
     axes.set_xlim(min(first, 0 if first <= 2 else first), last if last > first else first + 1)
     axes.margins(x=0)
@@ -757,7 +758,7 @@ _SURPLUS = re.compile(
     r'|(?<=<g) id="[^"]*"|(?<=<path) id="[a-z]\w*_\d+"| transform="rotate\(-0 [^"]*"|font-family: [^;]*; ',
     re.DOTALL,
 )
-_LONG_NUMBER = re.compile(r"(\d+\.\d\d)\d+")
+_LONG_NUMBER = re.compile(r"(\d+\.\d\d)\d+(?!\d*<)")  # a coordinate, and not a label of an axis
 _SPACE = re.compile(r"\s+")
 
 

@@ -1,14 +1,14 @@
 """What happened in a run: the sentence that a report begins with, and the figures beside it. Imports no torch.
 
-**Which figure.** Held-out accuracy, of the first set of problems, before training and at the latest evaluation: under
-`strict`, which wants the answer in its tags, as training with this package's format rewards does; under `answer` where
-no answer is ever right under `strict`, because the run asks for another format. Without two evaluations it is the share
-of right training completions, or else the training reward, of the first and the last fifth of the generations.
+**Which figure.** Held-out accuracy, of the first set of problems, before training and at the latest evaluation:
+under `strict`, which wants the answer in its tags, as training with this package's format rewards does; under `answer`
+where no answer is ever right under `strict`, because the run asks for another format. Without two evaluations it is
+the share of right training completions, or else the training reward, of the first and the last fifth of generations.
 
-**Whether it changed.** Held-out: if the 95 % interval of the paired difference leaves out 0 (for verdicts, and McNemar's
-test agrees), see [`trl_grpo_ext.evaluation.comparison`]; where the answers are not at hand, if the two figures'
-intervals do not overlap. In training: if the means of the two fifths are more than 1.96 standard errors of their
-difference apart. Everything else "did not change measurably".
+**Whether it changed.** Held-out: if the 95 % interval of the paired difference leaves out 0 (and for verdicts,
+McNemar's test agrees), see [`trl_grpo_ext.evaluation.comparison`]; where the answers are not at hand, if the two
+figures' intervals do not overlap. In training: if the means of the two fifths are more than 1.96 standard errors of
+their difference apart. Everything else "did not change measurably".
 
 **Format or method.** Only for a rise under `strict`. What accuracy rose by under `answer`, for which tags do not
 matter, was method: more problems are solved. The rest of the rise under `strict` was format: answers that were found
@@ -167,9 +167,7 @@ def _of_evaluations(
     return f"{sentence}{_end_of(run)}"
 
 
-def _attribution(
-    first: EvaluationRecord, last: EvaluationRecord, differences: Mapping[str, Difference]
-) -> str | None:
+def _attribution(first: EvaluationRecord, last: EvaluationRecord, differences: Mapping[str, Difference]) -> str | None:
     """How much of a rise was method and how much format, see the module."""
     try:
         strict, answer = (
@@ -277,7 +275,7 @@ def _missing(run: Run) -> list[str]:
         missing.append("No completions of training are in the record.")
     if run.unreadable_lines:
         missing.append(
-            f"{_count(run.unreadable_lines, 'line')} of the record could not be read, as happens where a run is killed "
-            "in the middle of one; all others are shown."
+            f"{_count(run.unreadable_lines, 'line')} of the record could not be read, as happens where a run is "
+            "killed in the middle of one; all others are shown."
         )
     return missing
