@@ -496,16 +496,13 @@ evaluation = EvaluationCallback(trainer, heldout, samples_per_item=2, batch_size
 trainer.add_callback(evaluation)
 trainer.train()
 
-before, after = evaluation.before["heldout"], evaluation.after["heldout"]
-for name, figures in (("before", before), ("after", after)):
-    estimate = figures.estimates["strict"]
-    print(
-        f"right answers to held-out problems {name}: {estimate.mean:.0%} ({estimate.low:.0%} to {estimate.high:.0%})"
-    )
+for name, figures in (("before", evaluation.before), ("after", evaluation.after)):
+    right = figures["heldout"].estimates["strict"]
+    print(f"right answers {name}: {right.mean:.0%} (95 % interval {right.low:.0%} to {right.high:.0%})")
 
 # %% [markdown]
-# In brackets is the interval in which the true share lies with 95 % confidence: 100 problems are not many. As
-# announced, the loss says nothing. But look at what the policy makes of a problem that it did not solve before:
+# The intervals are wide because 100 problems are not many. As announced, the loss says nothing. But look at what the
+# policy makes of a problem that it did not solve before:
 
 # %%
 answers = {name: read_answers(f"outputs/walkthrough/answers/{name}.jsonl") for name in ("before", "after")}
@@ -526,26 +523,32 @@ for old, new in zip(answers["before"], answers["after"], strict=True):
 # %%
 run = read_record("outputs/walkthrough")
 print(summarize(run).sentence)
-for finding in diagnose(run):
-    print(f"\n{finding.severity}: {finding.title}. {finding.evidence}\n  what to do: {finding.remedy}")
-report = write_report([run], "outputs/walkthrough/report.html")
-print(f"\n{report}")
+
+findings = diagnose(run)
+print(f"\nwhat is wrong with it: {len(findings) or 'nothing that the rules know of'}")
+for finding in findings:
+    print(f"{finding.severity}: {finding.message}")
+
+print("\nthe whole report:", write_report([run], "outputs/walkthrough/report.html"))
 
 # %%
 charts = {chart.name: chart for chart in charts_of([run])}
 _, panels = plt.subplots(1, 2, figsize=(7.5, 3.2))
-for axes, chart in zip(panels, (charts["format"], charts["clipped"]), strict=True):
-    for curve, colour in zip(chart.curves, (RIGHT, OTHER, WRONG, GREY), strict=False):
+for axes, name, title in zip(
+    panels, ("format", "clipped"), ("First the form, then the answers", "The clip binds in pass 2"), strict=True
+):
+    chart = charts[name]
+    for curve, colour in zip(chart.curves, (RIGHT, OTHER), strict=True):
         axes.plot(curve.x, curve.y, color=colour, label=curve.label)
     axes.set_ylim(*chart.limits)
     axes.legend(fontsize=8)
-    label(axes, chart.title, chart.x_label, chart.y_label)
-    axes.title.set_wrap(True)
+    label(axes, title, chart.x_label, chart.y_label)
 plt.show()
 
 # %% [markdown]
-# On the left is what the rewards pay: the form is soon all right, and then the answers follow. On the right is section
-# 7 again, in a real run: in the first pass no clip binds, in the second it does.
+# On the left is what the rewards pay, as a share of all they could pay: the form is soon right, and the answers follow.
+# On the right is section 7 again, in a real run: in the first pass no clip can bind, in the second it does, and less
+# and less as the learning rate falls and more groups are all right.
 #
 # ## Where to go from here
 #

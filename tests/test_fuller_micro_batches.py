@@ -206,7 +206,7 @@ def test_command_line_and_file(tmp_path, parser_class, value, expected):
 def test_a_micro_batch_of_trl_is_the_measure(policy, tmp_path):
     """`auto` allows as many tokens as TRL's micro-batch has, and the longest rows need them."""
     ours = run(GRPOExtTrainer, policy, tmp_path, **{**SCHEDULE, "tokens_per_micro_batch": "auto"})
-    padded = ours.metric("update/tokens_padded")
+    padded = [tokens / SCHEDULE["gradient_accumulation_steps"] for tokens in ours.metric("update/tokens_padded")]
     assert all(fullest <= most for fullest, most in zip(ours.metric("update/tokens_of_fullest"), padded, strict=True))
     assert all(most % ROWS == 0 for most in padded)
     assert torch.tensor(padded).min() > 0

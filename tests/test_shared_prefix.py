@@ -265,7 +265,7 @@ def test_runs_equal_trl(options, trainer_class, policy, tmp_path):
     assert found.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5)
     start = run(GRPOTrainer, policy, tmp_path, learning_rate=0.0, max_steps=1, peft=options.get("peft", False)).weights
     assert relative_difference(found.weights, expected.weights, start) <= 1e-5
-    tokens = zip(found.metric("update/tokens_computed"), found.metric("update/tokens_padded"), strict=True)
+    tokens = zip(found.metric("update/tokens"), found.metric("update/tokens_padded"), strict=True)
     assert all(computed < padded for computed, padded in tokens)
 
 
@@ -278,7 +278,7 @@ def test_metrics_of_the_update(options, policy, tmp_path):
         [forward.tokens for forward in done.forwards if forward.has_gradient] for done in (plain, found)
     )
     assert found.metric("update/tokens_padded") == padded
-    assert found.metric("update/tokens_computed") == computed
+    assert found.metric("update/tokens") == computed
     skipped = found.metric("update/rows_skipped")
     assert (sum(skipped) > 0) == (options == {})
 
@@ -479,9 +479,7 @@ def test_continuous_batching_trains_as_with_trl(tmp_path):
         log = trainer.state.log_history
         norms[trainer_class] = [entry["grad_norm"] for entry in log if "grad_norm" in entry]
         packed_tokens[trainer_class] = [
-            (entry["update/tokens_computed"], entry["update/tokens_padded"])
-            for entry in log
-            if "update/tokens_computed" in entry
+            (entry["update/tokens"], entry["update/tokens_padded"]) for entry in log if "update/tokens" in entry
         ]
         weights[trainer_class] = trainer.model.state_dict()
     assert trainer.packs
@@ -506,7 +504,7 @@ def logps_and_gradients(trainer, model=None):
 
 
 def tokens_computed(trainer):
-    return trainer._metrics["train"]["update/tokens_computed"][-1]
+    return trainer._tokens_of_step[-1][0]
 
 
 def test_trainers_on_one_model_all_pack(tmp_path):
@@ -673,7 +671,7 @@ def test_torch_compile_trains_as_trl(compiled_by_accelerate, tmp_path):
     assert found.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5)
     start = run(GRPOTrainer, policy, tmp_path, learning_rate=0.0, max_steps=1).weights
     assert relative_difference(found.weights, expected.weights, start) <= 1e-5
-    tokens = zip(found.metric("update/tokens_computed"), found.metric("update/tokens_padded"), strict=True)
+    tokens = zip(found.metric("update/tokens"), found.metric("update/tokens_padded"), strict=True)
     assert all(computed < padded for computed, padded in tokens)
 
 
@@ -758,7 +756,7 @@ def test_flash_attention_2_trains_as_trl(flash_attention_2, tmp_path):
     assert found.exact_grad_norms == pytest.approx(expected.exact_grad_norms, rel=1e-5)
     start = make_model(FAMILIES["qwen2"]).state_dict()
     assert relative_difference(found.weights, expected.weights, start) <= 1e-5
-    tokens = zip(found.metric("update/tokens_computed"), found.metric("update/tokens_padded"), strict=True)
+    tokens = zip(found.metric("update/tokens"), found.metric("update/tokens_padded"), strict=True)
     assert all(computed < padded for computed, padded in tokens)
 
 

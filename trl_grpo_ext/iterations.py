@@ -62,6 +62,8 @@ class MultiIterationMixin(OrderedMixin):
     - deals rows out to fewer and fuller micro-batches (`tokens_per_micro_batch`), and reports of an optimizer step's
       micro-batches on this process how many have a row, `update/micro_batches_used`, and the tokens of the fullest,
       `update/tokens_of_fullest`, wherever rows are dealt out;
+    - reports of a generation batch, among several processes, `update/slowest_rank`: the tokens that a pass computes on
+      the process with most of them, over their mean. The others wait for it;
     - reports TRL's own metrics of the loss (clip ratios, KL, entropy) once an optimizer step, weighed by tokens. The
       clip ratios are TRL's, whose denominators count completions without an advantage that were left out too; the
       entropy is that of the completions that were computed;
@@ -96,6 +98,7 @@ class MultiIterationMixin(OrderedMixin):
         self._has_own_statistics = False  # of the micro-batch that is trained on
         self._has_explained_zeros = False
         self._reported_losses: set[str] = set()
+        self._fast_paths: dict[str, str] = {}
         self._has_reported_tokens = False  # that tokens_per_micro_batch cannot be kept, or does nothing
         self._train_sampler: Any = None
 
@@ -106,6 +109,11 @@ class MultiIterationMixin(OrderedMixin):
         """The current rollouts, which take the place of TRL's own list of micro-batches."""
         buffered = compat.buffered_micro_batches(self)
         return buffered if isinstance(buffered, RolloutBuffer) else None
+
+    @property
+    def fast_paths(self) -> dict[str, str]:
+        """What of the mixins is on, or why not, as far as that is known by now."""
+        return {**getattr(super(), "fast_paths", {}), **self._fast_paths}
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if not self.model.training:
@@ -161,13 +169,34 @@ class MultiIterationMixin(OrderedMixin):
         skips = self.beta == 0.0 and extension_setting(self.args, "skip_zero_advantage")
         how = self._how_to_deal(rollouts)
         may_move = self._may_move_rows(rollouts)
+        self._fast_paths["rows_left_out"] = self._why_rows_stay(window, may_move) or ("on" if skips else "off")
         if window is not None and may_move and (skips or how["by_prompt"] or how["most_tokens"] is not None):
             rollouts.arrange(
                 window, skip_zero_advantage=skips, skip_zero_weight=self._zero_weight_is_no_gradient(), **how
             )
             compat.append_metric(self, "update/rows_skipped", float(rollouts.num_skipped))
         self._report_tokens_per_micro_batch(rollouts, may_move)
+        self._report_slowest_rank(rollouts)
         return rollouts
+
+    def _why_rows_stay(self, window: int | None, may_move: bool) -> str | None:
+        """Why completions without a gradient are computed, where settings alone do not say it."""
+        if self.beta != 0.0:
+            return f"off: with a KL term (beta={self.beta}) each completion has a gradient"
+        if may_move:
+            return None if window is not None else "off: passes and optimizer steps do not line up"
+        return f"off: the loss is {self._foreign_loss() or f'one in which rows stay (loss_type={self.loss_type!r})'}"
+
+    def _report_slowest_rank(self, rollouts: RolloutBuffer) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        by_prompt = self._arranges_by_prompt(rollouts)
+        if rollouts.is_arranged or by_prompt:
+            tokens = sum(rollouts.num_tokens(index, by_prompt) for index in range(len(rollouts)))
+        else:
+            tokens = len(rollouts) * math.prod(rollouts.padded_shape)
+        of_ranks = self.accelerator.gather(torch.tensor([float(tokens)], device=self.accelerator.device))
+        compat.append_metric(self, "update/slowest_rank", (of_ranks.max() / of_ranks.mean()).item())
 
     def _take_old_policy_forwards(self, rollouts: RolloutBuffer) -> None:
         """Of the micro-batches for which the first pass is not the old policy's."""
@@ -258,6 +287,10 @@ class MultiIterationMixin(OrderedMixin):
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         reuses = self.model.training and self._reuses_first_pass()
+        if self.model.training:
+            is_needed = compat.takes_old_policy_forward(self)
+            found = ("on" if reuses else "off") if is_needed else "not needed: TRL takes no forward for the old policy"
+            self._fast_paths["reuse_first_pass_logps"] = found
         with compat.without_old_policy_forward(self) if reuses else nullcontext():
             return super()._generate_and_score_completions(inputs)
 

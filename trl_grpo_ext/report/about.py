@@ -46,7 +46,7 @@ def about_run(trainer: "GRPOTrainer", dataset_name: str | None = None) -> dict[s
         "device": torch.cuda.get_device_name() if device == "cuda" and is_torch_cuda_available() else device,
         "threads": torch.get_num_threads(),
         "wrapper": type(trainer.model_wrapped).__name__,
-        "generation": who_generates(trainer),
+        "fast_paths": about_fast_paths(trainer),
     }
     return {name: without_places(value) for name, value in about.items()}
 
@@ -78,6 +78,11 @@ def about_rewards(trainer: "GRPOTrainer") -> list[RewardAbout]:
         RewardAbout.of(function, weight, name)
         for function, weight, name in zip(trainer.reward_funcs, weights, trainer.reward_func_names, strict=True)
     ]
+
+
+def about_fast_paths(trainer: "GRPOTrainer") -> dict[str, str]:
+    """Which ways of saving time this trainer takes, and why not, as far as it knows."""
+    return {"generation": who_generates(trainer), **getattr(trainer, "fast_paths", {})}
 
 
 def who_generates(trainer: "GRPOTrainer") -> str:

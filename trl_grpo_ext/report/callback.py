@@ -32,7 +32,7 @@ from ..evaluation.history import FOLDER as ANSWERS
 from ..rewards.correctness import AnswerReward
 from ..rewards.references import reference_to_text
 from ..rewards.text import conversation_to_text
-from .about import about_rewards, about_run
+from .about import about_fast_paths, about_rewards, about_run
 from .doctor import PROBLEM
 from .generations import RewardAbout, generation_statistics
 from .record import RECORD_FILE, RecordError, Run, Sample, read_record, shortened, to_line
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
+# What it says is for people, and of the whole run: without the rank that the other one puts before it.
+doctors_logger = logging.getLogger(Watch.__module__)
 
 # Completions of a group that are kept.
 MOST_SAMPLES = 16
@@ -348,12 +350,12 @@ class RunRecordCallback(TrainerCallback):
             self._add(event)
             if event["is_first"]:
                 level = logging.WARNING if event["holds"] and event["severity"] == PROBLEM else logging.INFO
-                logger.log(level, f"doctor: {event['message']}")
+                doctors_logger.log(level, f"doctor: {event['message']}")
 
     def _tell_fast_paths(self, state: Any) -> None:
         """Behind the first step: by then the trainer has found out what it can do."""
-        paths = getattr(self._trainer, "fast_paths", None)
-        if not self._has_told_fast_paths and paths is not None:
+        paths = about_fast_paths(self._trainer)
+        if not self._has_told_fast_paths and paths != self.run.about.get("fast_paths"):
             self._add({"event": "about", "step": state.global_step, "about": {"fast_paths": paths}})
         self._has_told_fast_paths = True
 

@@ -451,11 +451,15 @@ def _rate_small(run: Run) -> Found | None:
 
 # No gradient. The loss alone says nothing: on the first pass it is 0 where the gradient is not.
 NO_GRADIENT_LOGS = 5
+NO_GRADIENT_GENERATIONS = 2
 
 
 def _no_gradient(run: Run) -> Found | None:
     values = latest(run, "grad_norm", NO_GRADIENT_LOGS)
-    if not values or any(value != 0 for _, value in values):
+    window = last_window(run, generations=NO_GRADIENT_GENERATIONS)
+    if window is None or not values or any(value != 0 for _, value in values):
+        return None
+    if window.total("silent") == window.groups:  # then that is why, and there are rules for it
         return None
     return Found(f"The gradient's norm was 0 in each log from step {values[0][0]} to {values[-1][0]}.", values[0][0])
 
@@ -468,6 +472,7 @@ KL_REFERENCE = 0.5
 KL_VALUES = 8
 KL_PASSES = 0.025
 PASSES = 5
+MOST_PASSES = 64
 
 
 def _entropy(run: Run) -> Found | None:
@@ -509,7 +514,7 @@ def _kl_passes(run: Run) -> Found | None:
 def _farthest_pass(run: Run, name: str) -> tuple[int, float, int] | None:
     """The pass in which a metric is largest in the median: its number, that median, and since when."""
     found = []
-    for number in range(1, _number(run, "num_iterations", 1) + 1):
+    for number in range(1, min(_number(run, "num_iterations", 1), MOST_PASSES) + 1):
         values = latest(run, f"iteration/{number}/{name}", PASSES)
         if values:
             found.append((number, median(values), values[0][0]))
@@ -564,7 +569,7 @@ def _sampler(run: Run) -> Found | None:
     if ratios and not SAMPLER_RATIO <= median(ratios) <= 1 / SAMPLER_RATIO:
         said.append(f"the mean importance weight is {median(ratios):.2g}")
     if now:
-        value, first = median(now), median(before)
+        value, first = median(now), median(before or now)
         if value > SAMPLER_LOGP or (value > SAMPLER_GROWN_LOGP and value > SAMPLER_GROWTH * first):
             said.append(f"log-probabilities differ by {value:.2g} nats a token, by {first:.2g} at the beginning")
     if not said:
@@ -809,7 +814,7 @@ RULES: tuple[Rule, ...] = (
         "hand, mend it, or leave it out.",
         PROBLEM,
         _constant,
-        explained_by=("truncated-completions", "no-format"),
+        explained_by=("truncated-completions", "no-format", "groups-all-right"),
     ),
     Rule(
         "dominant-reward",
@@ -826,7 +831,7 @@ RULES: tuple[Rule, ...] = (
         "learning-rate-zero",
         "The learning rate is 0",
         f"{ZERO_LOGS} logs in a row",
-        "Set learning_rate, and see that max_steps of the schedule lies behind what is left to train.",
+        "Set learning_rate, or a schedule (max_steps, lr_scheduler_type) that has not come to its end.",
         PROBLEM,
         _rate_zero,
     ),
@@ -844,8 +849,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "no-gradient",
         "The gradient is 0",
-        f"its norm is 0 in {NO_GRADIENT_LOGS} logs in a row (a loss of 0 alone is no sign of it)",
-        "See that parameters are trained at all (adapters, frozen layers), and that advantages are not all 0.",
+        f"its norm is 0 in {NO_GRADIENT_LOGS} logs in a row, while rewards differ within groups (a loss of 0 alone is "
+        "no sign of it)",
+        "See that parameters are trained at all (adapters, frozen layers), and that completions that carry an "
+        "advantage are not all masked out.",
         PROBLEM,
         _no_gradient,
         explained_by=(

@@ -1,11 +1,12 @@
 """What rules look at: the first and the latest of a run, however long it is. Imports no torch."""
 
+import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .generations import RewardAbout, RewardStatistics
-from .record import Generation, Run, Sample
+from .record import Generation, Log, Run, Sample, Step
 
 
 # So many steps and logs are looked through for a metric, and not more: a long run is no dearer than a short one.
@@ -16,16 +17,21 @@ Series = list[tuple[int, float]]
 
 def latest(run: Run, name: str, count: int) -> Series:
     """The last values of a metric with their steps, oldest first; of logs where steps have none. [] if too few."""
-    found = [(step.step, step.metrics[name]) for step in run.steps[-LOOK_BACK:] if name in step.metrics]
-    found = found or [(log.step, log.logs[name]) for log in run.logs[-LOOK_BACK:] if name in log.logs]
-    return found[-count:] if len(found) >= count else []
+    found = _found(reversed(run.steps[-LOOK_BACK:]), "metrics", name, count)
+    found = found or _found(reversed(run.logs[-LOOK_BACK:]), "logs", name, count)
+    return found[::-1] if len(found) == count else []
 
 
 def earliest(run: Run, name: str, count: int) -> Series:
     """The first values of a metric, as [`latest`] gives the last."""
-    found = [(step.step, step.metrics[name]) for step in run.steps[:LOOK_BACK] if name in step.metrics]
-    found = found or [(log.step, log.logs[name]) for log in run.logs[:LOOK_BACK] if name in log.logs]
-    return found[:count] if len(found) >= count else []
+    found = _found(run.steps[:LOOK_BACK], "metrics", name, count)
+    found = found or _found(run.logs[:LOOK_BACK], "logs", name, count)
+    return found if len(found) == count else []
+
+
+def _found(items: Iterable[Step | Log], field: str, name: str, count: int) -> Series:
+    values = ((item.step, values[name]) for item in items if name in (values := getattr(item, field)))
+    return list(itertools.islice(values, count))
 
 
 def mean(series: Series) -> float:

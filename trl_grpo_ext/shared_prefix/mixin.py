@@ -54,8 +54,8 @@ class SharedPrefixMixin(OrderedMixin):
     The policy and the trainer's reference model are packed. Any other model that is handed to the forward, a teacher,
     is computed from padded rows. No model is changed by this: see [`trl_grpo_ext.shared_prefix.attention`].
 
-    Metrics: `update/tokens_computed`, the tokens of a micro-batch's forward, and `update/tokens_padded`, those that
-    TRL would have computed; both on this process.
+    Metrics: `update/tokens`, the tokens of the policy's forwards in an optimizer step, and `update/tokens_padded`,
+    those that TRL would have computed; both on this process.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -66,6 +66,7 @@ class SharedPrefixMixin(OrderedMixin):
         self._packed_models: WeakSet[nn.Module] = WeakSet()  # those that were compared
         self._inner_models: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()
         self._reported_obstacles: set[str] = set()
+        self._tokens_of_step: list[tuple[int, int]] = []  # of each forward, computed and as TRL pads them
         if setting == "on" and (obstacle := self._find_obstacle()) is not None:
             self._report_obstacle(obstacle)
 
@@ -83,6 +84,15 @@ class SharedPrefixMixin(OrderedMixin):
                 for model in self._own_models():
                     self._packed_models |= {model, _language_model(model)}
         return self._packs
+
+    @property
+    def fast_paths(self) -> dict[str, str]:
+        """What of this mixin is on, or why not, as far as that is known by now."""
+        reasons = "; ".join(sorted(self._reported_obstacles)) or "shared_prefix='off'"
+        found = "not known yet" if self._packs is None else "on" if self._packs else f"off: {reasons}"
+        if self._packs and self._reported_obstacles:
+            found = f"on, but for some rows: {reasons}"
+        return {**getattr(super(), "fast_paths", {}), "packed_rows": found}
 
     def packs_rows_of(self, num_tokens: int) -> bool:
         """Whether rows of so many tokens are computed as packed rows."""
@@ -216,8 +226,16 @@ class SharedPrefixMixin(OrderedMixin):
         if is_policy and self.model.training and torch.is_grad_enabled():
             rollouts = compat.buffered_micro_batches(self)
             shape = rollouts.padded_shape if isinstance(rollouts, RolloutBuffer) else input_ids.shape
-            compat.append_metric(self, "update/tokens_computed", float(num_computed))
-            compat.append_metric(self, "update/tokens_padded", float(math.prod(shape)))
+            self._tokens_of_step.append((num_computed, math.prod(shape)))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and self._tokens_of_step:
+            computed, padded = map(sum, zip(*self._tokens_of_step, strict=True))
+            self._tokens_of_step.clear()
+            compat.append_metric(self, "update/tokens", float(computed))
+            compat.append_metric(self, "update/tokens_padded", float(padded))
+        return loss
 
     # Whether to pack
 
