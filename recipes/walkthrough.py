@@ -17,9 +17,9 @@
 #
 # You know supervised fine-tuning: show a model the right text, and make that text more probable. This notebook starts
 # there and ends with a small language model that has taught itself arithmetic, and with the report of its training.
-# Each step is a few lines that call the functions the trainer itself calls, and nothing is left out between them.
+# Each step is a few lines, and they call the functions that the trainer itself calls.
 #
-# It takes one to two minutes on a CPU, needs no GPU and no network, and wants
+# It takes one to two minutes on a CPU, needs no GPU and no network, and wants Jupyter and
 # `pip install "trl_grpo_ext[report]"`. Numbers in **bold** are computed by the cell beside them. The sources of the
 # equations are listed at the end.
 
@@ -32,9 +32,6 @@ import torch
 from IPython.display import display
 from matplotlib.axes import Axes
 
-from trl_grpo_ext import EvaluationCallback, GRPOExtConfig, GRPOExtTrainer
-from trl_grpo_ext.embedded_policy import embedded_policy_path
-from trl_grpo_ext.evaluation import read_answers
 from trl_grpo_ext.objective import (
     ClippedObjective,
     aggregate,
@@ -44,13 +41,7 @@ from trl_grpo_ext.objective import (
     importance_ratio,
     k3_kl,
 )
-from trl_grpo_ext.report.doctor import diagnose
-from trl_grpo_ext.report.page import write_report
-from trl_grpo_ext.report.pictures import charts_of
-from trl_grpo_ext.report.record import read_record
-from trl_grpo_ext.report.summary import summarize
-from trl_grpo_ext.rewards import get_exact_correctness_reward, gsm8k_bundle
-from trl_grpo_ext.tasks import load_arithmetic
+from trl_grpo_ext.rewards import get_exact_correctness_reward
 
 
 # TRL and transformers still use old names between themselves.
@@ -106,7 +97,7 @@ print("rewards:", rewards.tolist())
 # %%
 advantages = group_advantages(rewards, G, std_epsilon=0.0)
 print(f"mean {rewards.mean():.1f}, standard deviation {rewards.std():.4f}")
-print("advantages:", "  ".join(f"{advantage:+.4f}" for advantage in advantages))
+print("advantages:", "  ".join(f"{value:+.4f}" for value in advantages))
 
 _, axes = plt.subplots()
 axes.bar(range(G), advantages, color=[RIGHT if reward else WRONG for reward in rewards])
@@ -371,8 +362,8 @@ weights = {}
 for loss_type in ("grpo", "dapo", "dr_grpo"):
     per_token = torch.zeros(2, 6, requires_grad=True)
     loss = aggregate(per_token, lengths, loss_type, num_tokens=lengths.sum(), max_completion_length=6)
-    (weight,) = torch.autograd.grad(loss, per_token)
-    weights[loss_type] = {"in the answer of 2": f"{weight[0, 0]:.3f}", "in that of 6": f"{weight[1, 0]:.3f}"}
+    (push,) = torch.autograd.grad(loss, per_token)
+    weights[loss_type] = {"in the answer of 2": f"{push[0, 0]:.3f}", "in that of 6": f"{push[1, 0]:.3f}"}
 display(pd.DataFrame(weights).T)
 
 # %% [markdown]
@@ -393,9 +384,9 @@ plain = group_advantages(groups, G, scale=False).view(-1, G)
 print(f"one right answer of eight: {divided[0, 0]:.3f} with the division, {plain[0, 0]:.3f} without")
 
 _, panels = plt.subplots(1, 2, sharey=True)
-for axes, advantage in zip(panels, (divided, plain), strict=True):
-    axes.plot(counts, advantage[:, 0], color=RIGHT, marker="o", label="right answers")
-    axes.plot(counts, advantage[:, -1], color=WRONG, marker="o", label="wrong answers")
+for axes, pushes in zip(panels, (divided, plain), strict=True):
+    axes.plot(counts, pushes[:, 0], color=RIGHT, marker="o", label="right answers")
+    axes.plot(counts, pushes[:, -1], color=WRONG, marker="o", label="wrong answers")
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.legend()
 label(panels[0], "With it, rare answers are pushed hard", "right answers of 8", "advantage")
@@ -463,6 +454,13 @@ display(pd.DataFrame(costs).T)
 # and after it.
 
 # %%
+from trl_grpo_ext import EvaluationCallback, GRPOExtConfig, GRPOExtTrainer
+from trl_grpo_ext.embedded_policy import embedded_policy_path
+from trl_grpo_ext.evaluation import read_answers
+from trl_grpo_ext.rewards import gsm8k_bundle
+from trl_grpo_ext.tasks import load_arithmetic
+
+
 problems = load_arithmetic("train", 2048)
 heldout = load_arithmetic("heldout", 100)
 bundle = gsm8k_bundle()
@@ -497,6 +495,7 @@ trainer.add_callback(evaluation)
 trainer.train()
 
 for name, figures in (("before", evaluation.before), ("after", evaluation.after)):
+    assert figures is not None  # it has been evaluated
     right = figures["heldout"].estimates["strict"]
     print(f"right answers {name}: {right.mean:.0%} (95 % interval {right.low:.0%} to {right.high:.0%})")
 
@@ -507,7 +506,7 @@ for name, figures in (("before", evaluation.before), ("after", evaluation.after)
 # %%
 answers = {name: read_answers(f"outputs/walkthrough/answers/{name}.jsonl") for name in ("before", "after")}
 for old, new in zip(answers["before"], answers["after"], strict=True):
-    if old.temperature == 0 and new.correct["strict"] and not old.correct["strict"]:
+    if old.temperature == 0 and old.correct != new.correct and (new.correct or {}).get("strict"):
         print(old.prompt[-1]["content"])
         print(f"\nbefore:\n{old.completion}\n\nafter:\n{new.completion}")
         break
@@ -521,6 +520,13 @@ for old, new in zip(answers["before"], answers["after"], strict=True):
 # same, also while a run goes on.
 
 # %%
+from trl_grpo_ext.report.doctor import diagnose
+from trl_grpo_ext.report.page import write_report
+from trl_grpo_ext.report.pictures import charts_of
+from trl_grpo_ext.report.record import read_record
+from trl_grpo_ext.report.summary import summarize
+
+
 run = read_record("outputs/walkthrough")
 print(summarize(run).sentence)
 
@@ -534,15 +540,14 @@ print("\nthe whole report:", write_report([run], "outputs/walkthrough/report.htm
 # %%
 charts = {chart.name: chart for chart in charts_of([run])}
 _, panels = plt.subplots(1, 2, figsize=(7.5, 3.2))
-for axes, name, title in zip(
-    panels, ("format", "clipped"), ("First the form, then the answers", "The clip binds in pass 2"), strict=True
-):
+titles = {"format": "First the form, then the answers", "clipped": "The clip binds in pass 2"}
+for axes, name in zip(panels, titles, strict=True):
     chart = charts[name]
     for curve, colour in zip(chart.curves, (RIGHT, OTHER), strict=True):
         axes.plot(curve.x, curve.y, color=colour, label=curve.label)
     axes.set_ylim(*chart.limits)
     axes.legend(fontsize=8)
-    label(axes, title, chart.x_label, chart.y_label)
+    label(axes, titles[name], chart.x_label, chart.y_label)
 plt.show()
 
 # %% [markdown]

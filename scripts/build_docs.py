@@ -111,7 +111,7 @@ def import_all() -> dict[str, ModuleType]:
     for name in modules:
         parent, _, last = name.rpartition(".")
         if hasattr(modules.get(parent), "__all__"):  # of these, pdoc lists what they name
-            modules[parent].__all__ = [*modules[parent].__all__, last]
+            vars(modules[parent])["__all__"] = [*vars(modules[parent])["__all__"], last]
     return modules
 
 

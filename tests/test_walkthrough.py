@@ -49,7 +49,9 @@ def stated_numbers(cells):
     """Each number that the text states in bold, with what the cells of code before and behind it show."""
     for index, cell in enumerate(cells):
         if cell.cell_type == "markdown":
-            shown = " ".join(printed(near) for near in cells[max(0, index - 1) : index + 2] if near.cell_type == "code")
+            shown = " ".join(
+                printed(near) for near in cells[max(0, index - 1) : index + 2] if near.cell_type == "code"
+            )
             for number in STATED.findall(cell.source):
                 yield number, shown
 
