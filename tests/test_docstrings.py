@@ -58,7 +58,7 @@ def test_a_wrong_example_is_found():
 
 
 def test_what_is_public_has_a_docstring():
-    """But for commands, which say what they are when they are asked for help, and the doctor's rules, which have titles."""
+    """But for commands, which say what they are when asked for help, and the doctor's rules, which have titles."""
     without = []
     for name, file in modules():
         tree = ast.parse(file.read_text())
