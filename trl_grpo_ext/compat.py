@@ -65,6 +65,7 @@ def step(trainer: GRPOTrainer) -> int:
 
 
 def set_step(trainer: GRPOTrainer, value: int) -> None:
+    """Set [`step`] back or forward."""
     trainer._step = value
 
 
@@ -74,6 +75,7 @@ def buffered_micro_batches(trainer: GRPOTrainer) -> Any:
 
 
 def set_buffered_micro_batches(trainer: GRPOTrainer, micro_batches: Sequence[dict[str, Any]] | None) -> None:
+    """Put micro-batches in the place of [`buffered_micro_batches`]."""
     trainer._buffered_inputs = micro_batches
 
 

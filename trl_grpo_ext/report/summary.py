@@ -105,10 +105,12 @@ def is_changed(before: Estimate, after: Estimate, difference: Difference | None 
 
 
 def percent(share: float) -> str:
+    """A share as text, in percent."""
     return f"{100 * share:.1f} %"
 
 
 def interval(estimate: Estimate, scale: float = 100) -> str:
+    """The bounds of an estimate's interval as text."""
     return f"{scale * estimate.low:.1f} to {scale * estimate.high:.1f}"
 
 
