@@ -228,8 +228,6 @@ def look_at_subcommand(name: str, *arguments: str) -> None:
     from trl_grpo_ext.cli.grpo import NamesParser, split_arguments
     from trl_grpo_ext.grpo import OPTIONS, launcher_options
 
-    if name in PENDING - SUBCOMMANDS.keys():
-        return
     assert name in SUBCOMMANDS, name
     if name == "grpo" and not {"--help", "--help_all"} & set(arguments):
         split_arguments([str(file_of(word)) if before == "--config" else word for before, word in pairs(arguments)])
@@ -240,9 +238,6 @@ def look_at_subcommand(name: str, *arguments: str) -> None:
         names = [*vars(NamesParser(OPTIONS).parse_known_args([])[0]), *launcher_options()]
         known |= {f"--{option}" for option in names}
     assert not given - known, f"trl-grpo-ext {name} has no {', '.join(sorted(given - known))}"
-
-
-PENDING = {"doctor", "report"}
 
 
 def help_of(subcommand: str) -> str:

@@ -20,43 +20,6 @@ GUIDES = ROOT / "recipes" / "guides"
 PICTURES = ROOT / "recipes" / "pictures"
 PAGES = [README, RECIPES, *sorted(GUIDES.glob("*.md"))]
 
-# What other parts of the project still have to bring: its links, its subcommands, its files in the tree.
-PENDING = {
-    "doctor",
-    "report",
-    "recipes/guides/doctor.md",
-    "recipes/guides/from-trl.md",
-    "recipes/guides/is-it-learning.md",
-    "recipes/guides/lora.md",
-    "recipes/guides/metrics.md",
-    "recipes/guides/own-data.md",
-    "recipes/guides/reward-functions.md",
-    "recipes/guides/tracking.md",
-    "recipes/walkthrough.ipynb",
-    "scripts/build_docs.py",
-    "scripts/build_walkthrough.py",
-    "scripts/check_doctor.py",
-    "trl_grpo_ext/interrupt.py",
-    "trl_grpo_ext/legible.py",
-    "trl_grpo_ext/memory.py",
-    "trl_grpo_ext/notebook.py",
-    "trl_grpo_ext/preflight.py",
-    "trl_grpo_ext/rehearsal.py",
-    "trl_grpo_ext/signals.py",
-    "trl_grpo_ext/versions.py",
-    "trl_grpo_ext/report/about.py",
-    "trl_grpo_ext/report/callback.py",
-    "trl_grpo_ext/report/completions.py",
-    "trl_grpo_ext/report/doctor.py",
-    "trl_grpo_ext/report/findings.py",
-    "trl_grpo_ext/report/page.py",
-    "trl_grpo_ext/report/pictures.py",
-    "trl_grpo_ext/report/rules",
-    "trl_grpo_ext/report/summary.py",
-    "trl_grpo_ext/report/watch.py",
-    "trl_grpo_ext/report/windows.py",
-}
-
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -80,10 +43,6 @@ def anchors_of(page):
     return anchors
 
 
-def is_pending(path):
-    return path.is_relative_to(ROOT) and path.relative_to(ROOT).as_posix() in PENDING
-
-
 def broken_links(page):
     broken = []
     for link in links_of(page.read_text()):
@@ -91,10 +50,7 @@ def broken_links(page):
             continue
         path, _, anchor = unquote(link).partition("#")
         target = (page.parent / path).resolve() if path else page
-        if not target.exists():
-            if not is_pending(target):
-                broken.append(link)
-        elif anchor and anchor not in anchors_of(target):
+        if not target.exists() or (anchor and anchor not in anchors_of(target)):
             broken.append(link)
     return broken
 
@@ -158,7 +114,7 @@ def test_commands_and_python_can_be_had(page, tmp_path):
 def test_the_readme_names_every_subcommand():
     text = README.read_text()
     table = text[text.index("| `trl-grpo-ext ...` |") :].split("\n\n")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) - PENDING == set(SUBCOMMANDS) - PENDING
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(SUBCOMMANDS)
 
 
 def test_extras_that_are_named_exist():
@@ -191,7 +147,7 @@ def test_the_map_is_complete():
     page = (GUIDES / "development.md").read_text()
     (tree,) = re.findall(r"^```\n(trl_grpo_ext/.*?)^```$", page, re.MULTILINE | re.DOTALL)
     listed = set(tree_of(tree))
-    missing = {path for path in listed if not (ROOT / path).exists()} - PENDING
+    missing = {path for path in listed if not (ROOT / path).exists()}
     assert not missing
     for folder in (ROOT / "trl_grpo_ext", ROOT / "scripts"):
         for file in folder.rglob("*.py"):

@@ -29,8 +29,8 @@ class SaveOnInterrupt(TrainerCallback):
 
     Example:
     ```python
-    >>> trainer.add_callback(SaveOnInterrupt(trainer))
-    >>> trainer.train()
+    >>> trainer.add_callback(SaveOnInterrupt(trainer))  # doctest: +SKIP
+    >>> trainer.train()  # doctest: +SKIP
     ```
     """
 

@@ -97,6 +97,7 @@ class Memory:
 
 
 def load_config(name: str) -> Any:
+    """A model's configuration: one of the shapes that are known here, of a folder, or from the hub."""
     if name in SHAPES:
         hidden, mlp, layers, heads, key_heads, vocabulary, tied = SHAPES[name]
         return Qwen2Config(

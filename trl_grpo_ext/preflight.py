@@ -747,8 +747,10 @@ def summary_line(sections: Sections) -> str:
 
 
 def has_problems(sections: Sections) -> bool:
+    """Whether any check has found something that must be mended."""
     return any(row.status == PROBLEM for section in sections.values() for row in section)
 
 
 def python_row() -> Check:
+    """The version of Python."""
     return Check("python", OK, sys.version.split()[0])

@@ -200,6 +200,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def name_of(number: int) -> str:
+    """What a signal is called by whoever sends it."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
@@ -210,6 +211,7 @@ def say(line: str) -> None:
 
 
 def is_first_rank() -> bool:
+    """Whether this is the process that speaks for all."""
     return os.environ.get("RANK", "0") == "0"
 
 
