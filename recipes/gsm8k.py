@@ -19,6 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trl_grpo_ext.screen import begin_script
+
+
+if __name__ == "__main__":
+    begin_script()  # says so before the imports below, which take seconds
+
 from datasets import Dataset
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -113,6 +119,7 @@ def main(argv: list[str]) -> None:
     args, training_args, model_args, settings = parse_arguments(argv)
     script.set_cpu_threads(training_args, args.cpu_threads)
     start = script.find_start(args, training_args, settings)
+    script.announce(training_args, model_args.model_name_or_path, args.dataset_name)
 
     # Rewards and problems
     bundle = script.find_bundle("bundle", args.bundle, training_args)
@@ -153,6 +160,7 @@ def main(argv: list[str]) -> None:
         )
         titles = ARITHMETIC_TITLES if args.dataset_name == ARITHMETIC else TITLES
         script.print_summary(summary, evaluation.before, evaluation.after, titles)
+        script.write_report(trainer)
     trainer.accelerator.wait_for_everyone()  # a process that is gone early can leave another one waiting
 
 

@@ -4,4 +4,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 use_environment report
 cd "$ROOT"
-exec accelerate launch recipes/gsm8k.py "$@"
+# `accelerate launch recipes/gsm8k.py`, which leaves first and last words to the recipe; after Ctrl-C this script goes on
+export TRL_GRPO_EXT_COMMAND
+TRL_GRPO_EXT_COMMAND="bash$(printf ' %q' "$0" "$@")"
+exec trl-grpo-ext launch recipes/gsm8k.py "$@"

@@ -28,6 +28,7 @@ def test_wheel(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"trl_grpo_ext/embedded_policy/model.safetensors", "trl_grpo_ext/embedded_policy/tokenizer.json"} <= names
+    assert {"trl_grpo_ext/report/page.html.jinja", "trl_grpo_ext/report/page.js"} <= names
     assert all(name.startswith(("trl_grpo_ext/", "trl_grpo_ext-")) for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -97,13 +98,14 @@ def test_it_can_be_installed_beside_vllm(vllm):
     assert torch in requirements["torch"]
 
 
-def test_trl_takes_the_releases_of_vllm_that_the_readme_names():
+def test_trl_takes_the_releases_of_vllm_that_the_guide_names():
     (bounds,) = [
         Requirement(found.split(";")[0]).specifier
         for found in metadata.requires("trl")
         if found.startswith("vllm") and 'extra == "vllm"' in found
     ]
-    (named,) = re.findall(r"takes vLLM (\S+) to (\S+),", (ROOT / "README.md").read_text())
+    guide = ROOT / "recipes" / "guides" / "vllm.md"
+    (named,) = re.findall(r"takes vLLM (\S+) to (\S+),", guide.read_text())
     assert {str(bound) for bound in bounds} == {f">={named[0]}.0", f"<={named[1]}.0"}
     assert {min(VLLM), max(VLLM)} == set(named)
 

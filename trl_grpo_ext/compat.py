@@ -65,6 +65,7 @@ def step(trainer: GRPOTrainer) -> int:
 
 
 def set_step(trainer: GRPOTrainer, value: int) -> None:
+    """Set [`step`] back or forward."""
     trainer._step = value
 
 
@@ -74,6 +75,7 @@ def buffered_micro_batches(trainer: GRPOTrainer) -> Any:
 
 
 def set_buffered_micro_batches(trainer: GRPOTrainer, micro_batches: Sequence[dict[str, Any]] | None) -> None:
+    """Put micro-batches in the place of [`buffered_micro_batches`]."""
     trainer._buffered_inputs = micro_batches
 
 
@@ -278,12 +280,18 @@ def _names_in(code: CodeType) -> frozenset[str]:
 
 def is_clipped_objective(trainer: GRPOTrainer) -> bool:
     """Whether TRL's loss is one that `ClippedObjective` has: no feature on, besides those, that changes the loss."""
-    return (
-        trainer.loss_type in LOSS_TYPES
-        and trainer.top_entropy_quantile == 1.0
-        and not trainer._entropy_bonus_enabled
-        and not trainer.aux_loss_enabled
-    )
+    return feature_beside_objective(trainer) is None
+
+
+def feature_beside_objective(trainer: GRPOTrainer) -> str | None:
+    """What TRL's loss has that `ClippedObjective` has not; `None` if it is one of those."""
+    if trainer.loss_type not in LOSS_TYPES:
+        return f"loss_type {trainer.loss_type!r}"
+    if trainer.top_entropy_quantile != 1.0:
+        return f"a quantile of the entropy (top_entropy_quantile {trainer.top_entropy_quantile})"
+    if trainer._entropy_bonus_enabled:
+        return "an entropy bonus"
+    return "a MoE's auxiliary loss" if trainer.aux_loss_enabled else None
 
 
 # Randomness in a forward

@@ -27,4 +27,5 @@ def stop(status: int, message: object) -> NoReturn:
 
 
 def one_line(message: object) -> str:
+    """A message without its line breaks."""
     return " ".join(str(message).split())

@@ -16,6 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .screen import begin_script
+
+
+if __name__ == "__main__":
+    begin_script()  # says so before the imports below, which take seconds
+
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from pyarrow import ArrowException
@@ -136,6 +142,9 @@ def main(argv: list[str]) -> None:
     args, training_args, model_args, mixture_args, settings = parse_arguments(argv)
     script.set_cpu_threads(training_args, args.cpu_threads)
     start = script.find_start(args, training_args, settings)
+    mixture = ", ".join(part.path for part in mixture_args.datasets)  # over `dataset_name`, as for `trl grpo`
+    dataset = mixture or args.dataset_name
+    script.announce(training_args, model_args.model_name_or_path, dataset)
 
     # Rewards and problems
     models = [args.reward_model_name_or_path] if args.reward_model_name_or_path else []
@@ -173,10 +182,9 @@ def main(argv: list[str]) -> None:
     if trainer.accelerator.is_main_process:
         before, after = (None, None) if evaluation is None else (evaluation.before, evaluation.after)
         seconds = time.perf_counter() - started
-        mixture = ", ".join(part.path for part in mixture_args.datasets)  # over `dataset_name`, as for `trl grpo`
-        dataset = mixture or args.dataset_name
         summary = script.write_summary(trainer, before, after, seconds=seconds, model=name, dataset=dataset)
         script.print_summary(summary, before, after, {"heldout": "held-out problems"})
+        script.write_report(trainer)
     trainer.accelerator.wait_for_everyone()  # a process that is gone early can leave another one waiting
 
 

@@ -228,16 +228,22 @@ class MultiIterationMixin(OrderedMixin):
 
     def _may_move_rows(self, rollouts: RolloutBuffer) -> bool:
         """Whether the loss is the same however the rows of an optimizer step are dealt out to micro-batches."""
-        # bnpo divides by the tokens of the micro-batch
-        return (
-            self._computes_own_loss(rollouts)
-            and LOSS_TYPES[self.loss_type].normalizer != "tokens"
-            and self._knows_micro_batches()
-        )
+        return self._computes_own_loss(rollouts) and self._why_micro_batches_stay() is None
 
-    def _knows_micro_batches(self) -> bool:
-        """Whether nobody else prepares micro-batches, or trains on them: who does may change rows, or know them."""
-        return all(compat.foreign_override(self, name) is None for name in ("_prepare_inputs", "training_step"))
+    def why_rows_stay(self) -> str | None:
+        """Why rows stay in the micro-batches where TRL puts them, and all are computed; `None` if they may move."""
+        return self._why_not_own_loss() or self._why_micro_batches_stay()
+
+    def _why_micro_batches_stay(self) -> str | None:
+        if LOSS_TYPES[self.loss_type].normalizer == "tokens":
+            return f"loss_type {self.loss_type!r} is a mean over the tokens of each micro-batch"
+        override = self._knower_of_micro_batches()
+        return None if override is None else f"{override} may change rows, or know them"
+
+    def _knower_of_micro_batches(self) -> str | None:
+        """Who else prepares micro-batches, or trains on them: who does may change rows, or know them."""
+        overrides = (compat.foreign_override(self, name) for name in ("_prepare_inputs", "training_step"))
+        return next(filter(None, overrides), None)
 
     def _how_to_deal(self, rollouts: RolloutBuffer) -> dict[str, Any]:
         """What [`RolloutBuffer.arrange`] goes by whenever it deals out rows."""
@@ -305,17 +311,25 @@ class MultiIterationMixin(OrderedMixin):
 
     def _reuses_first_pass(self) -> bool:
         """Whether TRL's forward for the old policy is left out; `_new_rollouts` takes it where it is needed."""
+        return compat.takes_old_policy_forward(self) and self.why_no_reuse() is None
+
+    def why_no_reuse(self) -> str | None:
+        """Why the old policy takes a forward of its own where TRL would take one; `None` if the first pass does."""
         may_need_it = (
             *("compute_loss", "_compute_loss", "training_step", "_prepare_inputs"),
             *("_generate_and_score_completions", "_get_per_token_logps_and_entropies"),
         )
-        return (
-            extension_setting(self.args, "reuse_first_pass_logps")
-            and compat.takes_old_policy_forward(self)
-            and (not compat.corrects_sampling(self) or compat.is_clipped_objective(self))
-            and all(compat.foreign_override(self, name) is None for name in may_need_it)
-            and not compat.forwards_are_random(self)
-        )
+        if not extension_setting(self.args, "reuse_first_pass_logps"):
+            return "reuse_first_pass_logps is False"
+        feature = compat.feature_beside_objective(self)
+        if compat.corrects_sampling(self) and feature is not None:
+            return f"vLLM's correction needs it where the loss has {feature}"
+        override = next(filter(None, (compat.foreign_override(self, name) for name in may_need_it)), None)
+        if override is not None:
+            return f"{override} may read it"
+        if compat.forwards_are_random(self):
+            return "two forwards of this model differ in training: there is dropout, or other randomness"
+        return None
 
     def _keep_old_logps(self, rollouts: RolloutBuffer, index: int, per_token_logps: torch.Tensor) -> None:
         """Keep the old policy's log-probabilities of a micro-batch, and what they say about a sampler that differs."""
@@ -353,7 +367,12 @@ class MultiIterationMixin(OrderedMixin):
 
     def _computes_own_loss(self, rollouts: RolloutBuffer) -> bool:
         """Whether the loss is [`ClippedObjective`]; else it is whose method is called."""
-        return rollouts.has_only_text and compat.is_clipped_objective(self) and self._foreign_loss() is None
+        return rollouts.has_only_text and self._why_not_own_loss() is None
+
+    def _why_not_own_loss(self) -> str | None:
+        feature = compat.feature_beside_objective(self)
+        foreign = None if feature is not None else self._foreign_loss()
+        return (feature and f"the loss has {feature}") or (foreign and f"the loss is {foreign}")
 
     def _foreign_loss(self) -> str | None:
         """Whose the loss is, where it is another one than the one known here."""
@@ -408,7 +427,7 @@ class MultiIterationMixin(OrderedMixin):
         step = compat.step(self)
         index = step % self.args.steps_per_generation
         if self._computes_own_loss(rollouts):
-            if inputs is rollouts[index] and self._knows_micro_batches():
+            if inputs is rollouts[index] and self._knower_of_micro_batches() is None:
                 inputs, forward_inputs = rollouts.trimmed(index), rollouts.forward_inputs(index)
             else:
                 forward_inputs = compat.forward_inputs(inputs)
@@ -567,8 +586,8 @@ class MultiIterationMixin(OrderedMixin):
         if metrics.get("iteration/1/clip_ratio") == 0.0 and has_no_loss and not self._has_explained_zeros:
             self._has_explained_zeros = True
             logger.warning(
-                "clip_ratio is 0 on the first pass over a batch of rollouts, and so is the loss without a KL term: "
-                "that is right. The policy still is the one that sampled, every ratio is 1, and advantages are 0 on "
+                "On the first pass over a batch of rollouts clip_ratio is 0, and the loss without a KL term near 0. "
+                "That is right: the policy still is the one that sampled, every ratio is 1, and advantages are 0 on "
                 "average; the gradient is not 0."
             )
 

@@ -93,6 +93,12 @@ def group_advantages(
 
     Raises:
         ValueError: If `B` is not a multiple of `num_generations`, or a group has a single completion.
+
+    Example:
+    ```python
+    >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0]), 4, scale=False)
+    tensor([ 0.5000, -0.5000, -0.5000,  0.5000])
+    ```
     """
     if num_generations < 2 or rewards.dim() != 1 or len(rewards) % num_generations:
         raise ValueError(
@@ -124,6 +130,13 @@ def importance_ratio(
     Returns:
         `torch.Tensor`:
             Ratios, `(B, C)` or `(B, 1)`.
+
+    Example:
+    ```python
+    >>> new, old = torch.tensor([[0.7]]).log(), torch.tensor([[0.5]]).log()
+    >>> importance_ratio(new, old, mask=torch.ones(1, 1))
+    tensor([[1.4000]])
+    ```
     """
     log_ratio = per_token_logps - old_per_token_logps
     if level == "token":
@@ -151,6 +164,13 @@ def clipped_surrogate(
             How far the ratio pays below and above 1.
         delta (`float`, *optional*):
             Upper bound of the unclipped ratio, which bounds the loss of a negative advantage.
+
+    Example:
+    ```python
+    >>> ratio = torch.tensor([[0.5, 1.0, 1.4]])
+    >>> clipped_surrogate(ratio, torch.tensor([[1.0]]), 0.2, 0.2)
+    tensor([[0.5000, 1.0000, 1.2000]])
+    ```
     """
     clipped = torch.clamp(ratio, 1 - epsilon_low, 1 + epsilon_high)
     if delta is not None:
@@ -304,6 +324,12 @@ def k3_kl(per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor) -> t
     """Unbiased, non-negative estimate of KL(policy || reference) at each token, in nats.
 
     DeepSeekMath, equation 4: `exp(logp_ref - logp) - (logp_ref - logp) - 1`.
+
+    Example:
+    ```python
+    >>> k3_kl(torch.tensor([0.5, 0.4]).log(), torch.tensor([0.4, 0.4]).log())
+    tensor([0.0231, 0.0000])
+    ```
     """
     log_ratio = ref_per_token_logps - per_token_logps
     return torch.exp(log_ratio) - log_ratio - 1
@@ -416,6 +442,15 @@ class ClippedObjective:
             Used by `sapo`, see [`sapo_surrogate`]. The defaults are TRL's.
         vespo_k_pos (`float`), vespo_lambda_pos (`float`), vespo_k_neg (`float`), vespo_lambda_neg (`float`):
             Used by `vespo`, see [`gamma_weights`]. The defaults are TRL's.
+
+    Example:
+    ```python
+    >>> objective = ClippedObjective(epsilon_low=0.2, epsilon_high=0.2)
+    >>> logps = torch.tensor([[-0.5], [-0.5]], requires_grad=True)
+    >>> output = objective(logps, logps.detach(), torch.tensor([1.0, -1.0]), torch.ones(2, 1))
+    >>> output.loss.item(), torch.autograd.grad(output.loss, logps)[0].tolist()
+    (0.0, [[-0.5], [0.5]])
+    ```
     """
 
     epsilon_low: float

@@ -22,6 +22,12 @@ def can_stop(num_iterations: int, steps_per_generation: int, gradient_accumulati
             Micro-batches of a pass.
         gradient_accumulation_steps (`int`):
             Micro-batches of an optimizer step.
+
+    Example:
+    ```python
+    >>> can_stop(num_iterations=4, steps_per_generation=8, gradient_accumulation_steps=8)
+    True
+    ```
     """
     return gradient_accumulation_steps % (num_iterations * steps_per_generation) != 0
 

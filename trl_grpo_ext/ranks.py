@@ -1,6 +1,7 @@
 """What a process of a distributed run owes the others: to decide with them, to end when it must, and to say why."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers import TrainerCallback
 
 from .exits import Stop, one_line, stop
+from .signals import LAUNCHER_VARIABLE, SIGNALS, Interrupted, say
 from .trackers import finish_trackers
 
 
@@ -28,6 +30,8 @@ SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_FOR_THE_FIRST = 2.0
 # In which a launcher whose rank has failed ends: it gives the other ranks 30 s.
 SECONDS_FOR_THE_LAUNCHER = 60
+# For a step and its checkpoint, when a signal has ended the launcher before this process has saved.
+SECONDS_FOR_A_CHECKPOINT = 600
 # For trackers to send what they have: all of it, or when this rank has failed and the others wait for its end, less.
 SECONDS_FOR_TRACKERS, SECONDS_FOR_TRACKERS_AFTER_A_FAILURE = 300, 15
 
@@ -36,7 +40,10 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
     """Call the main function of a script that a launcher starts once for each rank; a lone process just calls it.
 
     A process whose launcher is gone ends within a second, instead of training on without its job; one that a shell has
-    started does not end with the shell.
+    started does not end with the shell. A lone process that is training with
+    [`~trl_grpo_ext.interrupt.SaveOnInterrupt`] saves first, as on a signal: `accelerate launch` passes none on to it.
+
+    Ctrl-C and SIGTERM end a process with one line and the status 130 or 143, see [`~trl_grpo_ext.signals.Signals`].
 
     The line that says why a process ends is the last one on the screen: a launcher reports in a dozen lines of its own
     that a rank has failed, so the rank leaves a small process behind, which waits for the launcher's end (a minute at
@@ -63,12 +70,16 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
     is_done = threading.Event()
     is_one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if is_one_of_several or _is_launched():
-        threading.Thread(target=_end_with_launcher, args=(launcher, is_done), daemon=True).start()
+        threading.Thread(target=_end_with_launcher, args=(launcher, is_done, is_one_of_several), daemon=True).start()
     if not is_one_of_several:
+        SIGNALS.is_said_later = _is_launched()  # once, and not before the launcher's own report
         try:
-            main(*arguments)
+            with SIGNALS:
+                main(*arguments)
         except SystemExit as stopped:
-            _repeat_after(launcher, _line_of(stopped))
+            is_repeated = _repeat_after(launcher, _line_of(stopped))
+            if isinstance(stopped, Interrupted) and not stopped.is_said and not is_repeated:
+                say(stopped.line)
             raise
         except Exception as error:
             _repeat_after(launcher, f"error: {type(error).__name__}: {one_line(error)}")
@@ -80,7 +91,8 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
     error_handler.initialize()
     status, last_words = 0, None
     try:
-        main(*arguments)
+        with SIGNALS:
+            main(*arguments)
     except SystemExit as stopped:
         if isinstance(stopped.code, str):
             print(stopped.code, file=sys.stderr)
@@ -131,10 +143,17 @@ def is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _end_with_launcher(launcher: int, is_done: threading.Event) -> None:
+def _end_with_launcher(launcher: int, is_done: threading.Event, is_one_of_several: bool) -> None:
     while os.getppid() == launcher:
         if is_done.wait(SECONDS_BETWEEN_LOOKS):
             return
+    if SIGNALS.number is None and SIGNALS.is_deferred and not is_one_of_several:
+        SIGNALS.request(signal.SIGTERM)
+        wait_s: float = SECONDS_FOR_A_CHECKPOINT
+    else:
+        wait_s = SECONDS_FOR_A_CHECKPOINT if SIGNALS.number is not None else 0.0
+    if is_done.wait(wait_s):
+        return
     _report(f"its launcher, process {launcher}, is gone")
     os._exit(1)
 
@@ -180,10 +199,14 @@ if end.poll(1000 * int(sys.argv[2])):
 """
 
 
-def _repeat_after(launcher: int, line: str | None) -> None:
-    """Say a line again when the process `launcher` has ended, if it is one; a shell, for one, is not."""
-    if line is None or not _is_launched() or os.getppid() != launcher:
-        return
+def _repeat_after(launcher: int, line: str | None) -> bool:
+    """Say a line again when the process `launcher` has ended, if it is one; a shell, for one, is not.
+
+    Returns:
+        `bool`: Whether that will be done.
+    """
+    if line is None or not _is_launched() or os.getppid() != launcher or LAUNCHER_VARIABLE in os.environ:
+        return False
     try:
         handle = os.pidfd_open(launcher)
         process = subprocess.Popen(
@@ -194,7 +217,8 @@ def _repeat_after(launcher: int, line: str | None) -> None:
             start_new_session=True,
         )
     except (AttributeError, OSError):
-        return  # not on Linux, or no process can be started: the line has been said once
+        return False  # not on Linux, or no process can be started
     assert process.stdin is not None
     with process.stdin:
         process.stdin.write(f"{line}\n".encode())
+    return True

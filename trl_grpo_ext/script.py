@@ -1,9 +1,9 @@
 """What a training script needs around its trainer; what it cannot have ends it with one line.
 
-In the order in which a script calls them: [`check_settings`], [`set_cpu_threads`], [`find_start`], [`find_bundle`],
-[`load_tokenizer`], [`model_init_kwargs`], [`make_trainer`], [`add_evaluation`], [`train`], [`save`],
-[`write_summary`], [`print_summary`].
-Exit status: 2 for wrong arguments, 1 for what could not be had.
+In the order in which a script calls them: [`check_settings`], [`set_cpu_threads`], [`find_start`], [`announce`],
+[`find_bundle`], [`load_tokenizer`], [`model_init_kwargs`], [`make_trainer`], [`add_evaluation`], [`train`], [`save`],
+[`write_summary`], [`print_summary`], [`write_report`].
+Exit status: 2 for wrong arguments, 1 for what could not be had, 130 after Ctrl-C and 143 after SIGTERM.
 """
 
 import json
@@ -21,6 +21,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.utils.logging import disable_progress_bar
 from trl import GRPOTrainer, ModelConfig
 
 from .arguments import suggestion
@@ -28,13 +29,15 @@ from .checkpoints import CheckpointError
 from .config import GRPOExtConfig
 from .embedded_policy import EMBEDDED_POLICY, embedded_policy_path
 from .evaluation import EvaluationCallback, Figures, table_of
-from .exits import stop
+from .exits import one_line, stop
+from .interrupt import SaveOnInterrupt
 from .ranks import BoundCollectiveCalls, is_so_anywhere
 from .rewards.bundle import RewardBundle
 from .rewards.names import find_rewards
 from .runs import BeginRun, RunError, Start, choose_start
 from .screen import show
 from .script_arguments import RunArguments
+from .signals import SIGNALS, command_line, command_that_goes_on
 from .trackers import DescribeRun
 from .versions import installed_versions
 
@@ -108,6 +111,22 @@ def check_settings(training_args: GRPOExtConfig, model_args: ModelConfig) -> Non
                 f"--report_to {name}: no such tracker is installed ({found})"
                 f"{suggestion(name, INTEGRATION_TO_CALLBACK)}; install it, or set --report_to none",
             )
+
+
+def announce(training_args: GRPOExtConfig, model: str | None, dataset: str) -> None:
+    """Say what is going to happen, in one line, on the first process."""
+    if training_args.process_index > 0:
+        return
+    steps, epochs = training_args.max_steps, training_args.num_train_epochs
+    length = f"{steps} steps" if steps > 0 else f"{epochs:g} epoch{'' if epochs == 1 else 's'}"
+    processes = training_args.world_size
+    if training_args.device.type == "cpu":
+        place = "the CPU"
+    else:
+        place = torch.cuda.get_device_name() if torch.cuda.is_available() else training_args.device.type
+    place = place if processes == 1 else f"{processes} processes ({place})"
+    policy = "the embedded policy" if model == EMBEDDED_POLICY else model
+    print(f"GRPO on {dataset} with {policy}: {length} on {place}, into {training_args.output_dir}", flush=True)
 
 
 def set_cpu_threads(training_args: GRPOExtConfig, threads: int | None) -> None:
@@ -217,6 +236,7 @@ def model_init_kwargs(training_args: GRPOExtConfig, model_args: ModelConfig) -> 
 
 def make_trainer(trainer_class: type[GRPOTrainer], start: Start, **options: Any) -> Any:
     """A trainer that knows which run it is; ends if its settings do not go together, or a package is missing."""
+    disable_progress_bar()  # of loading weights, and of each file of a checkpoint in the middle of the training bar
     try:
         trainer = trainer_class(**options)
     except (ValueError, ImportError, OSError) as error:
@@ -247,6 +267,8 @@ def add_evaluation(
 def train(trainer: Any, start: Start, max_minutes: float | None = None) -> None:
     """Train, from the beginning or the checkpoint; ends if the run, a checkpoint or a setting is not as it must be.
 
+    Ctrl-C and SIGTERM save a checkpoint and end it, see [`SaveOnInterrupt`].
+
     Args:
         trainer (`GRPOTrainer`):
             From [`make_trainer`].
@@ -257,6 +279,10 @@ def train(trainer: Any, start: Start, max_minutes: float | None = None) -> None:
     """
     if max_minutes is not None:
         trainer.add_callback(TimeBudget(trainer, max_minutes))
+    command = command_that_goes_on(command_line())
+    if start.checkpoint is not None:
+        SIGNALS.goes_on = f"the last checkpoint is {start.checkpoint}; to go on: {command}"
+    trainer.add_callback(SaveOnInterrupt(trainer, command))  # the last one
     if start.checkpoint is None and trainer.accelerator.is_main_process:
         Path(trainer.args.output_dir, SUMMARY_FILE).unlink(missing_ok=True)  # an earlier attempt's
     try:
@@ -315,7 +341,7 @@ def print_summary(
     after: Mapping[str, Figures] | None,
     titles: Mapping[str, str] | None = None,
 ) -> None:
-    """Show figures before and after side by side, each with its interval.
+    """Show the main figures before and after side by side, each with its interval; the file has all.
 
     Args:
         summary, before, after:
@@ -327,8 +353,35 @@ def print_summary(
     for name in after or before or {}:
         columns = {when: sets[name] for when, sets in (("before", before), ("after", after)) if sets is not None}
         items = next(iter(columns.values())).items
-        show(partial(table_of, columns, title=f"{(titles or {}).get(name, name)}, {items} items, in %"))
+        show(partial(table_of, columns, title=f"{(titles or {}).get(name, name)}, {items} items, in %", is_short=True))
     print(
         f"{summary['optimizer_steps']} optimizer steps, {summary['seconds']:.0f} s; "
         f"summary and model are in {summary['output_dir']}"
     )
+
+
+def write_report(trainer: Any) -> Path | None:
+    """Write the run's report beside its record, and say where it is; a run never fails for it.
+
+    Returns:
+        `Path`, *optional*:
+            The file, or `None` where there is no record, or no package to draw it with.
+    """
+    from .report.page import REPORT_FILE, PackageMissingError
+    from .report.page import write_report as write
+    from .report.record import RecordError, read_record
+
+    folder = Path(trainer.args.output_dir)
+    try:
+        file = write([read_record(folder)], folder / REPORT_FILE)
+    except PackageMissingError as error:
+        print(f"note: there is no report of the run: {one_line(error)}", file=sys.stderr)
+        print(f"With these, `trl-grpo-ext report {folder}` writes one.")
+    except RecordError:  # record_run=False
+        print("note: there is no report of the run, because it kept no record of itself", file=sys.stderr)
+    except Exception as error:  # what was trained must not be lost for a page
+        print(f"note: no report was written ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
+    else:
+        print(f"The report is in {file}")
+        return file
+    return None

@@ -36,13 +36,13 @@ class GRPOExtTrainer(
 
     Example:
     ```python
-    >>> trainer = GRPOExtTrainer(
+    >>> trainer = GRPOExtTrainer(  # doctest: +SKIP
     ...     model="Qwen/Qwen2.5-0.5B-Instruct",
     ...     reward_funcs=gsm8k_bundle(),
     ...     args=GRPOExtConfig(num_iterations=4, target_kl=0.01),
     ...     train_dataset=load_gsm8k(),
     ... )
-    >>> trainer.train()
+    >>> trainer.train()  # doctest: +SKIP
     ```
     """
 

@@ -10,12 +10,15 @@ from importlib import import_module
 
 # What each does, for `trl-grpo-ext --help`, which imports none of them
 SUBCOMMANDS = {
+    "doctor": "before a run: what this machine, model and settings will get, and what is wrong with them",
+    "grpo": "train: all that `trl grpo` takes, with GRPOExtTrainer",
+    "launch": "`accelerate launch` for a script of yours, without its own warnings and tracebacks",
+    "report": "a run, or several side by side, as a page: what happened, what is wrong, what it wrote",
     "evaluate": "let a model answer a data set's questions, and keep and grade the answers",
     "grade": "grade answers that are on disk, under four conventions",
     "compare": "two files of answers to the same questions, problem by problem",
     "audit": "which of a data set's own references get no full marks from a bundle of rewards",
     "score": "a bundle of rewards over a file of completions",
-    "grpo": "train: all that `trl grpo` takes, with GRPOExtTrainer",
 }
 USAGE = "usage: trl-grpo-ext SUBCOMMAND [options]"
 

@@ -5,8 +5,6 @@ the command line and in the file.
 """
 
 import os
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -14,6 +12,7 @@ from typing import Any, NoReturn
 from ..arguments import OneLineParser, suggestion
 from ..exits import stop
 from ..script_arguments import GRPOExtOptions
+from .launch import launch
 
 
 MODULE = "trl_grpo_ext.grpo"
@@ -44,13 +43,7 @@ def main(arguments: list[str]) -> None:
 
         run_as_rank(train, arguments)
         return
-    launch_arguments = split_arguments(arguments)
-    from accelerate.commands.launch import launch_command
-
-    try:
-        launch_command(launch_arguments)
-    except subprocess.CalledProcessError as error:  # the process has said why
-        sys.exit(error.returncode if error.returncode > 0 else 1)
+    launch(split_arguments(arguments))
 
 
 def is_launched() -> bool:
@@ -72,17 +65,18 @@ def make_parser() -> OneLineParser:
     return NamesParser(OPTIONS, prog=PROGRAM, description=DESCRIPTION, example=EXAMPLE)
 
 
-def split_arguments(arguments: Sequence[str]) -> Namespace:
+def split_arguments(arguments: Sequence[str], parser: OneLineParser | None = None) -> Namespace:
     """The arguments of `accelerate launch`, which are those that are none of ours, with ours behind the module's name.
 
-    Ends the process if an option is neither's, or a value cannot be had.
+    Ours are those of the parser, by default [`make_parser`]. Ends the process if an option is neither's, or a value
+    cannot be had.
     """
     from accelerate.commands.launch import launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     from ..runs import CHANGED
 
-    parser, launcher = make_parser(), launch_command_parser()
+    parser, launcher = parser or make_parser(), launch_command_parser()
     launcher.error = lambda message: stop(2, message)
     try:
         in_file, on_command_line = parser.parse_known_script(arguments)

@@ -20,10 +20,11 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers import ProgressCallback, TrainerCallback
 
+from ..interrupt import has_interrupted
 from .answers import read_answers, write_answers, write_at_once, write_lines
 from .driver import check_problems, evaluate
 from .figures import Figures, figures_of
-from .history import AFTER, BEFORE, FIGURES_FILE, FOLDER, STEP, EvaluationRecord, read_history
+from .history import AFTER, BEFORE, FIGURES_FILE, FOLDER, STEP, EvaluationRecord, answers_file, read_history
 
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class EvaluationCallback(TrainerCallback):
         metrics.update(self._to_logs(self._latest_figures))
 
     def on_train_end(self, args, state, control, **kwargs):
-        if not self.at_ends:
+        if not self.at_ends or has_interrupted(self._trainer):
             return
         has_other_weights = (
             args.load_best_model_at_end
@@ -257,8 +258,8 @@ class EvaluationCallback(TrainerCallback):
     # Files
 
     def _file(self, evaluation: str, step: int, name: str) -> Path:
-        stem = f"{STEP}-{step:06d}" if evaluation == STEP else evaluation
-        return self.folder / (f"{stem}.jsonl" if name == next(iter(self.problems)) else f"{stem}.{name}.jsonl")
+        is_first = name == next(iter(self.problems))
+        return self.folder / answers_file(evaluation, step, None if is_first else name)
 
     def _keep_figures(self, evaluation: str) -> None:
         assert self._latest is not None

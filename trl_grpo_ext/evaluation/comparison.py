@@ -120,6 +120,15 @@ def compare_answers(
 
     Raises:
         ValueError: If no problem is in both sets, or an id stands for different problems.
+
+    Example:
+    ```python
+    >>> a = [Answer(id=n, completion="<answer>24</answer>", answer="14").graded() for n in range(4)]
+    >>> b = [Answer(id=n, completion="<answer>14</answer>", answer="14").graded() for n in range(4)]
+    >>> found = compare_answers(a, b).differences["strict"]
+    >>> found.a, found.b, found.only_b
+    (0.0, 1.0, 4)
+    ```
     """
     problems_a, problems_b = _problems(a), _problems(b)
     ids = [key for key in problems_a if key in problems_b]

@@ -109,6 +109,13 @@ def figures_of(answers: Iterable[Answer], *, seed: int = 0) -> Figures:
 
     Raises:
         ValueError: If there are no answers, one is there twice, or samples are of several temperatures.
+
+    Example:
+    ```python
+    >>> answers = [Answer(id=n, completion="<answer>14</answer>", answer="14") for n in range(4)]
+    >>> figures_of(answers).estimates["strict"].mean
+    1.0
+    ```
     """
     answers = [answer if answer.correct is not None else answer.graded() for answer in answers]
     if not answers:
@@ -187,7 +194,7 @@ def values_of_samples(
     return values
 
 
-def table_of(figures: Figures | Mapping[str, Figures], title: str | None = None) -> "Table":
+def table_of(figures: Figures | Mapping[str, Figures], title: str | None = None, *, is_short: bool = False) -> "Table":
     """Figures as a table, in percent: the mean, and beside it the interval.
 
     Of the samples' figures those under the convention `answer` and `strict_mean@n`; the others are in the figures.
@@ -197,6 +204,9 @@ def table_of(figures: Figures | Mapping[str, Figures], title: str | None = None)
             One set, or several by their names, side by side.
         title (`str`, *optional*):
             Stands above it.
+        is_short (`bool`, *optional*, defaults to `False`):
+            Only what a run is judged by: `strict`, its mean over samples and `pass@n` for the most of them, and the
+            completions' format and length.
     """
     from rich.table import Table
 
@@ -207,7 +217,7 @@ def table_of(figures: Figures | Mapping[str, Figures], title: str | None = None)
         table.add_column(name or "%", justify="right", no_wrap=True)
         table.add_column("95 %", justify="left", no_wrap=True)
     shown = dict.fromkeys(name for found in sets.values() for name in found.estimates if _is_shown(name))
-    names = sorted(shown, key=_section_of)
+    names = sorted(_most_important(shown) if is_short else shown, key=_section_of)
     for name, following in zip(names, [*names[1:], *names[-1:]], strict=True):
         cells = [cell for found in sets.values() for cell in _cells(name, found.estimates.get(name))]
         table.add_row(name, *cells, end_section=_section_of(name) != _section_of(following))
@@ -237,7 +247,15 @@ def _is_shown(name: str) -> bool:
     return not _is_of_samples(name) or name.startswith("strict_mean@") or not name.startswith(prefixes)
 
 
+def _most_important(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    samples = max((int(name.partition("@")[2]) for name in names if name.startswith("mean@")), default=0)
+    important = ("strict", f"strict_mean@{samples}", f"pass@{samples}", "format", "truncated", "tokens")
+    return [name for name in names if name in important]
+
+
 def prefix_of(convention: str) -> str:
+    """What stands before the names of a convention's figures of samples."""
     return "" if convention == MAIN else f"{convention}_"
 
 
@@ -299,6 +317,7 @@ def _estimates(names: Sequence[str], means: Any, low: Any, high: Any) -> dict[st
 
 
 def is_right(answer: Answer, convention: str) -> bool:
+    """Whether an answer, which is graded, is right under a convention."""
     assert answer.correct is not None
     return answer.correct[convention]
 

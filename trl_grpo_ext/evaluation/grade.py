@@ -74,7 +74,7 @@ class Grade:
 
 
 def grade(completion: Any, reference: Any) -> Grade:
-    """Grade one completion under every convention.
+    r"""Grade one completion under every convention.
 
     Args:
         completion (`str` or messages):
@@ -88,6 +88,12 @@ def grade(completion: Any, reference: Any) -> Grade:
 
     Raises:
         ValueError: If there is nothing to compare with in `reference`.
+
+    Example:
+    ```python
+    >>> grade("It is 24.\n#### 24", "24").correct
+    {'strict': False, 'answer': True, 'lm_eval_strict': True, 'lm_eval_flexible': True}
+    ```
     """
     right = reference_to_text(reference)
     if right is None:

@@ -49,6 +49,12 @@ class EvaluationRecord:
             return None
 
 
+def answers_file(evaluation: str, step: int, set_name: str | None = None) -> str:
+    """The name of the file of an evaluation's answers; those of the first set of problems have no set's name in it."""
+    stem = f"{STEP}-{step:06d}" if evaluation == STEP else evaluation
+    return f"{stem}.jsonl" if set_name is None else f"{stem}.{set_name}.jsonl"
+
+
 def read_history(file: str | os.PathLike[str]) -> list[EvaluationRecord]:
     """The records of a file, without what is none; nothing where there is no file."""
     try:

@@ -41,6 +41,12 @@ def pass_at_k(n: Any, c: Any, k: int) -> Any:
 
     Raises:
         ValueError: If a number is not whole, or `1 <= k <= n` or `0 <= c <= n` does not hold.
+
+    Example:
+    ```python
+    >>> pass_at_k(n=4, c=1, k=2)
+    0.5
+    ```
     """
     n, c = np.broadcast_arrays(_whole("n", n), _whole("c", c))
     (k,) = _whole("k", k).reshape(1)
@@ -86,6 +92,12 @@ def majority_at_k(classes: Sequence[Any], values: Sequence[float], k: int) -> fl
 
     Raises:
         ValueError: If `1 <= k <= n` does not hold, or there are more than `MAX_SUBSETS` subsets.
+
+    Example:
+    ```python
+    >>> majority_at_k(["14", "14", "24"], [1, 1, 0], k=3)
+    1.0
+    ```
     """
     n = len(classes)
     if len(values) != n:
@@ -186,6 +198,12 @@ def wilson_interval(successes: Any, n: Any, level: float = LEVEL) -> tuple[Any, 
 
     Raises:
         ValueError: If a number is not whole, `n` is not positive, or there are more successes than trials.
+
+    Example:
+    ```python
+    >>> "{:.2f} to {:.2f}".format(*wilson_interval(93, 100))
+    '0.86 to 0.97'
+    ```
     """
     successes, n = np.broadcast_arrays(_whole("successes", successes), _whole("n", n))
     if (n < 1).any():

@@ -73,6 +73,7 @@ def about_dataset(dataset: Any, name: Any = None) -> dict[str, Any]:
 
 
 def about_rewards(trainer: "GRPOTrainer") -> list[RewardAbout]:
+    """What is known of a trainer's rewards."""
     weights = trainer.reward_weights.tolist()
     return [
         RewardAbout.of(function, weight, name)

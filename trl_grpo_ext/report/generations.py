@@ -147,6 +147,15 @@ def generation_statistics(
 
     Returns:
         `GenerationStatistics`
+
+    Example:
+    ```python
+    >>> rewards = [RewardAbout("correctness_reward_func", 1.0, CORRECTNESS, full_marks=2.0)]
+    >>> scores = {"correctness_reward_func": [2.0, 0.0, 2.0, 2.0, 0.0, 0.0]}
+    >>> found = generation_statistics(scores, rewards, num_generations=2)
+    >>> found.groups, found.silent_right, found.silent_wrong, found.right
+    (3, 1, 1, 0.5)
+    ```
     """
     names = [reward.name for reward in rewards]
     rows = min((len(scores[name]) for name in names), default=0)

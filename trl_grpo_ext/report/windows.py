@@ -36,10 +36,12 @@ def _found(items: Iterable[Step | Log], field: str, name: str, count: int) -> Se
 
 
 def mean(series: Series) -> float:
+    """The mean of a series' values."""
     return statistics.fmean(value for _, value in series)
 
 
 def median(series: Series) -> float:
+    """Their median."""
     return statistics.median(value for _, value in series)
 
 

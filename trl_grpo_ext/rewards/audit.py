@@ -90,6 +90,15 @@ def audit(
     Raises:
         ValueError: If there are no rows, the column is missing, a reward's full marks are not known, or a reward does
             not return one score a row.
+
+    Example:
+    ```python
+    >>> from trl_grpo_ext.rewards import get_correctness_reward
+    >>> row = {"answer": "14", "solution": "<answer>14</answer>"}
+    >>> report = audit([get_correctness_reward()], [row])
+    >>> report.ok, report.passed
+    (True, {'correctness_reward_func': 1})
+    ```
     """
     rows = [dict(row) for row in dataset]
     if not rows:

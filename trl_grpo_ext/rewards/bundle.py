@@ -82,7 +82,7 @@ class RewardBundle(list):
     >>> bundle.names[-1], bundle.weights
     ('correctness_reward_func', [1.0, 1.0, 1.0, 0.0, 4.0])
 
-    >>> trainer = GRPOTrainer(
+    >>> trainer = GRPOTrainer(  # doctest: +SKIP
     ...     model="Qwen/Qwen2.5-0.5B-Instruct",
     ...     reward_funcs=bundle,
     ...     args=GRPOConfig(reward_weights=bundle.weights),
@@ -155,6 +155,12 @@ class RewardBundle(list):
 
         Raises:
             ValueError: If a name is not in the bundle; the message gives the nearest one.
+
+        Example:
+        ```python
+        >>> tag_bundle().with_weights(format_reward_func=0.5).weights
+        [1.0, 0.5]
+        ```
         """
         changed = {**(weights or {}), **named_weights}
         for name in changed:
@@ -169,6 +175,12 @@ class RewardBundle(list):
 
         Raises:
             ValueError: If a name is not in the bundle; the message gives the nearest one.
+
+        Example:
+        ```python
+        >>> gsm8k_bundle().select("correctness_reward_func").names
+        ['correctness_reward_func']
+        ```
         """
         return self._part([self._index_of(name) for name in names])
 
@@ -265,6 +277,13 @@ def gsm8k_bundle(*, as_in_notebooks: bool = False) -> RewardBundle:
     Returns:
         `RewardBundle`:
             The rewards, under the same names in either case.
+
+    Example:
+    ```python
+    >>> bundle = gsm8k_bundle()
+    >>> len(bundle), bundle.names[-1]
+    (5, 'correctness_reward_func')
+    ```
     """
     if as_in_notebooks:
         layout = [xmlcount_reward_func, soft_format_reward_func, strict_format_reward_func, int_reward_func]
@@ -279,5 +298,12 @@ def gsm8k_bundle(*, as_in_notebooks: bool = False) -> RewardBundle:
 
 
 def tag_bundle() -> RewardBundle:
-    """Two rewards that do not pull against each other: correctness, and 0.2 for each tag."""
+    """Two rewards that do not pull against each other: correctness, and 0.2 for each tag.
+
+    Example:
+    ```python
+    >>> tag_bundle()
+    RewardBundle(correctness_reward_func=1, format_reward_func=1)
+    ```
+    """
     return RewardBundle([correctness_reward_func, format_reward_func])

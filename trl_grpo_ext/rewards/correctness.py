@@ -61,6 +61,16 @@ def parse_number(text: str | float | Decimal | Rational | None) -> Fraction | No
         `Fraction` or `None`:
             The number; `None` also for a denominator of 0, more than `MAX_DIGITS` digits or an exponent beyond
             `MAX_EXPONENT`. Never raises, and takes time linear in the text's length.
+
+    Example:
+    ```python
+    >>> parse_number("about 1,080 apples")
+    Fraction(1080, 1)
+    >>> parse_number(r"\frac{3}{4}")
+    Fraction(3, 4)
+    >>> parse_number("3 or 4") is None
+    True
+    ```
     """
     if isinstance(text, Rational):
         return Fraction(int(text.numerator), int(text.denominator))
@@ -194,6 +204,14 @@ def numerically_equal(a: str | float | Decimal | Rational | None, b: str | float
     Returns:
         `bool`:
             `False` also where either side is no single number. Never raises.
+
+    Example:
+    ```python
+    >>> numerically_equal("$1,000.00", 1000)
+    True
+    >>> numerically_equal("3/4", "0.75")
+    True
+    ```
     """
     left = parse_number(a)
     return left is not None and left == parse_number(b)
@@ -214,6 +232,12 @@ def is_reference_number(given: str | None, reference: str) -> bool:
     Returns:
         `bool`:
             `False` also where the answer is no single number. Never raises.
+
+    Example:
+    ```python
+    >>> is_reference_number("24.0 apples", "24")
+    True
+    ```
     """
     number = parse_plain_number(reference)
     return number is not None and number == parse_answer_number(given)
@@ -358,6 +382,14 @@ def get_correctness_reward(
         `Callable`:
             A picklable reward function: `prompts`, `completions` and `answer` to a list of floats or `None`. It raises
             `ValueError` if the column is missing or has another length than `completions`.
+
+    Example:
+    ```python
+    >>> reward = get_correctness_reward()
+    >>> completions = ["<answer>24</answer>", "<answer>24.0</answer>", "<answer>25</answer>", "24"]
+    >>> reward(completions=completions, answer=["24"] * 4)
+    [2.0, 1.5, 0.0, 0.0]
+    ```
     """
     return CorrectnessReward(
         name=name,
@@ -425,6 +457,13 @@ def get_exact_correctness_reward(
     Returns:
         `Callable`:
             A picklable reward function, see [`get_correctness_reward`].
+
+    Example:
+    ```python
+    >>> reward = get_exact_correctness_reward(score=1.0)
+    >>> reward(completions=["14", "24"], answer=["14", "14"])
+    [1.0, 0.0]
+    ```
     """
     return ExactCorrectnessReward(
         name=name, answer_tag=answer_tag, answer_column=answer_column, exact_score=score, wrong_score=wrong_score

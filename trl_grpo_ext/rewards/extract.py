@@ -44,12 +44,27 @@ def extract_xml_answer(text: str, tag: str = "answer") -> str:
 
     Where a tag is missing the text simply runs on: without any tag this is the whole text, stripped. This is the rule
     that the GSM8K notebooks use, so it is lenient; [`extract_tagged_answer`] is not.
+
+    Example:
+    ```python
+    >>> extract_xml_answer("<answer> 24 </answer>"), extract_xml_answer("24")
+    ('24', '24')
+    ```
     """
     return text.rpartition(f"<{tag}>")[2].partition(f"</{tag}>")[0].strip()
 
 
 def extract_tagged_answer(text: str, tag: str = "answer") -> str | None:
-    """The stripped text inside the last `<answer>`, or `None` if that is not closed or holds the placeholder `...`."""
+    """The stripped text inside the last `<answer>`, or `None` if that is not closed or holds the placeholder `...`.
+
+    Example:
+    ```python
+    >>> extract_tagged_answer("<answer> 24 </answer>")
+    '24'
+    >>> extract_tagged_answer("<answer> 24") is None
+    True
+    ```
+    """
     _, opening, rest = text.rpartition(f"<{tag}>")
     answer, closing, _ = rest.partition(f"</{tag}>")
     answer = answer.strip()
@@ -59,7 +74,14 @@ def extract_tagged_answer(text: str, tag: str = "answer") -> str | None:
 
 
 def extract_hash_answer(text: str) -> str | None:
-    """What GSM8K's own solutions give after their last `####`, to the end of the line; `None` without it."""
+    r"""What GSM8K's own solutions give after their last `####`, to the end of the line; `None` without it.
+
+    Example:
+    ```python
+    >>> extract_hash_answer("2 + 2 x 6 = 14\n#### 14")
+    '14'
+    ```
+    """
     _, marker, rest = text.rpartition(HASH_MARKER)
     answer = rest.partition("\n")[0].strip()
     return answer if marker and answer else None
@@ -71,6 +93,12 @@ def extract_boxed_answer(text: str) -> str | None:
     Braces within are balanced, escaped ones (`\{`) aside, and of boxes within a box the innermost counts. Without
     braces (`\boxed 5`) it is what follows, to the end of the formula or line. `\fbox` counts where there is no
     `\boxed`. A box that is not closed, is empty or holds the placeholder `...` gives no answer.
+
+    Example:
+    ```python
+    >>> extract_boxed_answer(r"so it is $\boxed{\frac{3}{4}}$")
+    '\\frac{3}{4}'
+    ```
     """
     for command in _BOXES:
         last = deque(command.finditer(text), maxlen=1)
@@ -94,6 +122,13 @@ def _boxed_from(text: str, start: int) -> str:
 
 
 def extract_last_number(text: str) -> str | None:
-    """The last number in the text as it stands there (`"1,080"`, `"-3/4"`), or `None` if there is none."""
+    """The last number in the text as it stands there (`"1,080"`, `"-3/4"`), or `None` if there is none.
+
+    Example:
+    ```python
+    >>> extract_last_number("from 12 to 1,080 apples")
+    '1,080'
+    ```
+    """
     last = deque(NUMBER.finditer(text), maxlen=1)
     return last[0].group() if last else None

@@ -215,7 +215,7 @@ def get_strict_format_reward(
     tags: tuple[str, str] = ("reasoning", "answer"),
     name: str = "strict_format_reward_func",
 ) -> Callable[..., list[float]]:
-    """Like [`get_soft_format_reward`], but each tag must stand on a line of its own.
+    r"""Like [`get_soft_format_reward`], but each tag must stand on a line of its own.
 
     Args:
         score (`float`, *optional*, defaults to `0.5`):
@@ -232,6 +232,14 @@ def get_strict_format_reward(
     Returns:
         `Callable`:
             A picklable reward function: `completions` to a list of floats.
+
+    Example:
+    ```python
+    >>> reward = get_strict_format_reward()
+    >>> completion = "<reasoning>\n2 + 2 = 4\n</reasoning>\n<answer>\n4\n</answer>"
+    >>> reward(completions=[completion, "4"])
+    [0.5, 0.0]
+    ```
     """
     return StrictFormatReward(
         name=name, tags=tags, full_score=score, exactly_once=exactly_once, final_newline=final_newline

@@ -16,6 +16,12 @@ def completion_to_text(completion: Any) -> str:
     Returns:
         `str`:
             The text, `""` where there is none. Never raises.
+
+    Example:
+    ```python
+    >>> completion_to_text([{"role": "assistant", "content": "14"}])
+    '14'
+    ```
     """
     if isinstance(completion, str):
         return completion

@@ -37,6 +37,7 @@ def write_rollouts(
     tensors: dict[str, torch.Tensor],
     content: dict[str, Any],
 ) -> None:
+    """Write the rollouts of a process; an interrupted writer leaves what is known to be no whole pair of files."""
     tensors_file, state_file = rollout_files(folder, rank, num_ranks)
     tensors_file.parent.mkdir(parents=True, exist_ok=True)
     # The state goes last and knows the tensors' checksum: without it, or with another, the pair is not whole.
@@ -50,6 +51,7 @@ def write_rollouts(
 def read_rollouts(
     folder: str | os.PathLike[str], rank: int, num_ranks: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What [`write_rollouts`] wrote; raises [`RolloutError`] where it is not there, or not whole."""
     tensors_file, state_file = rollout_files(folder, rank, num_ranks)
     remedy = f"delete the folder {str(folder)!r} to go on from this checkpoint with fresh rollouts"
     for file in (state_file, tensors_file):

@@ -65,10 +65,13 @@ def logps_of_completions(
 
 
 def num_rows(rows: MicroBatch) -> int:
+    """How many rows a micro-batch has."""
     return int(rows["completion_ids"].size(0))
 
 
 def concatenate(micro_batches: Sequence[MicroBatch]) -> MicroBatch:
+    """The rows of several micro-batches as one; what is not by rows is the first one's."""
+
     def joined(key: str, first: Any) -> Any:
         if isinstance(first, torch.Tensor) and first.ndim > 0:
             return torch.cat([micro_batch[key] for micro_batch in micro_batches])

@@ -63,6 +63,7 @@ class SharedPrefixMixin(OrderedMixin):
         check_settings(self.args)
         setting = extension_setting(self.args, "shared_prefix")
         self._packs: bool | None = False if setting == "off" else None
+        self.why_padded: str | None = "shared_prefix is 'off'" if setting == "off" else None  # known with `packs`
         self._packed_models: WeakSet[nn.Module] = WeakSet()  # those that were compared
         self._inner_models: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()
         self._reported_obstacles: set[str] = set()
@@ -77,7 +78,7 @@ class SharedPrefixMixin(OrderedMixin):
             obstacle = self._of_any_process(self._find_obstacle())
             if obstacle is None:
                 obstacle = self._of_any_process(self._compare_forwards())
-            self._packs = obstacle is None
+            self._packs, self.why_padded = obstacle is None, obstacle
             if obstacle is not None:
                 self._report_obstacle(obstacle)
             else:

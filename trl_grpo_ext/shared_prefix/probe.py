@@ -135,6 +135,7 @@ def _at_once(parameters: dict[str, nn.Parameter]) -> Iterator[list[str]]:
 
 
 def computes_in_half_precision(model: Any, mixed_precision: str) -> bool:
+    """Whether a model's forward pass is in 16 bits, by autocast or by its weights."""
     return mixed_precision != "no" or any(
         parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()
     )

@@ -315,6 +315,13 @@ def load_arithmetic(split: Split, size: int, seed: int = 0, system_prompt: str |
     Returns:
         `datasets.Dataset`:
             Columns `prompt` (messages), `answer`, `solution` (the reference completion, tags included) and `kind`.
+
+    Example:
+    ```python
+    >>> row = load_arithmetic("train", 1, seed=0)[0]
+    >>> row["prompt"][-1]["content"], row["answer"]
+    ('Pablo buys 14 cards on Monday and 16 cards on Tuesday. How many cards is that in all?', '30')
+    ```
     """
     from datasets import Dataset
 

@@ -13,6 +13,7 @@ def the_last(what: str, count: int, generations: int) -> str:
 
 
 def rewards_of_kind(run: Run, kind: str) -> list[RewardAbout]:
+    """A run's rewards for correctness, format or another thing."""
     return [reward for reward in run.rewards if reward.kind == kind]
 
 
@@ -26,11 +27,13 @@ def joined(found: Sequence[tuple[RewardAbout, str]], step: int) -> Found | None:
 
 
 def setting(run: Run, name: str) -> str:
+    """A setting as text, for what is said of it."""
     value = run.settings.get(name, "unknown")
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def number_of(run: Run, name: str, default: int) -> int:
+    """A setting that is a positive whole number, or the default."""
     value = run.settings.get(name)
     return value if isinstance(value, int) and value > 0 else default
 

@@ -1,0 +1,360 @@
+"""Ctrl-C and SIGTERM: when they end a process, what is saved before, and the command that goes on."""
+
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from canned import assert_same_weights, canned_config, train_canned
+from launch import ENVIRONMENT, ROOT, launcher, run_to_the_end, warm_python
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from trl_grpo_ext import signals
+from trl_grpo_ext.checkpoints import find_unresumable, whole_checkpoints
+from trl_grpo_ext.cli.launch import end_as
+from trl_grpo_ext.config import GRPOExtConfig
+from trl_grpo_ext.interrupt import SaveOnInterrupt
+from trl_grpo_ext.screen import hide_no_news
+from trl_grpo_ext.signals import Interrupted, Signals, command_that_goes_on
+from trl_grpo_ext.trainer import GRPOExtTrainer
+
+
+def wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+def send(number):
+    """To this process; its handler has been called when this returns."""
+    signal.raise_signal(number)
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """The statuses with which the thread would have ended this process."""
+    statuses = []
+    monkeypatch.setattr(signals.os, "_exit", statuses.append)
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", signals.LAUNCHER_VARIABLE, "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return statuses
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_where_nothing_is_to_be_saved_the_first_one_ends_it(ended, capfd, number, status):
+    before = signal.getsignal(number)
+    with Signals() as waiting:
+        waiting.goes_on = "the last checkpoint is there"
+        with pytest.raises(Interrupted) as stopped:
+            send(number)
+    assert stopped.value.code == status
+    assert capfd.readouterr().err == f"{stopped.value.line}\n"
+    assert stopped.value.line.endswith(": the last checkpoint is there")
+    assert signal.getsignal(number) == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_deferred_one_waits_and_a_second_one_ends_it(ended, capfd):
+    with Signals() as waiting:
+        waiting.is_deferred = True
+        send(signal.SIGINT)
+        wait_until(lambda: waiting.number == signal.SIGINT)
+        assert ended == []
+        send(signal.SIGTERM)
+        wait_until(lambda: ended == [143])
+    said = capfd.readouterr().err
+    assert f"kill {os.getpid()}" in said
+    assert "without saving" in said.splitlines()[-1]
+
+
+def test_what_a_launcher_passes_on_is_the_same_signal(ended, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(signals, "SECONDS_UNTIL_SAID_UNDER_TORCHRUN", 0.0)
+    with Signals() as waiting:
+        waiting.is_deferred = True
+        send(signal.SIGINT)
+        send(signal.SIGINT)
+        waiting.request(0)  # the thread has looked at both when it has ended
+        waiting._thread.join()
+        assert (waiting.number, ended) == (signal.SIGINT, [])
+
+
+def test_it_says_when_it_takes_long(ended, capfd, monkeypatch):
+    monkeypatch.setattr(signals, "SECONDS_UNTIL_SAID", 0.01)
+    said = []
+    monkeypatch.setattr(signals, "say", said.append)
+    with Signals() as waiting:
+        waiting.is_deferred, waiting.doing = True, "step 7"
+        send(signal.SIGTERM)
+        wait_until(lambda: len(said) == 2)
+    assert "still at step 7" in said[1]
+    assert ended == []
+
+
+def test_a_process_that_does_not_end_is_ended(ended, monkeypatch):
+    """Something has swallowed the exception, or waits for what never comes."""
+    monkeypatch.setattr(signals, "SECONDS_TO_END", 0.01)
+    with Signals():
+        with pytest.raises(Interrupted):
+            send(signal.SIGINT)
+        wait_until(lambda: ended[:1] == [130])
+
+
+def test_signals_of_others_are_left_alone(ended, monkeypatch):
+    def handler(number, frame):
+        calls.append(number)
+
+    calls = []
+    before = signal.signal(signal.SIGTERM, handler), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Signals() as waiting:
+            assert not waiting.is_on
+            send(signal.SIGTERM)
+            send(signal.SIGINT)
+        assert (calls, waiting.number) == ([signal.SIGTERM], None)
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+    # nor is any waited for in another thread, or Ctrl-C in a notebook
+    found = []
+    thread = threading.Thread(target=lambda: found.append(Signals().__enter__().is_on))
+    thread.start()
+    thread.join()
+    assert found == [False]
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with Signals():
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_forked_process_has_signals_of_its_own(ended):
+    """The workers of a data loader, for one: what ends them is not what ends the run."""
+    with signals.SIGNALS as waiting:
+        waiting.is_deferred = True
+        pid = os.fork()
+        if pid == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+        assert not signals.select.select([waiting._reading], [], [], 0)[0]
+        assert waiting.number is None
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["accelerate", "launch", "run.py"], "accelerate launch run.py --resume_from_checkpoint latest"),
+        (
+            ["python", "run.py", "--resume_from_checkpoint", "out/checkpoint-3", "--run_name", "my run"],
+            "python run.py --run_name 'my run' --resume_from_checkpoint latest",
+        ),
+        (["run.py", "--resume_from_checkpoint=auto"], "run.py --resume_from_checkpoint latest"),
+    ],
+)
+def test_the_command_that_goes_on(words, command):
+    assert command_that_goes_on(words) == command
+
+
+@pytest.mark.parametrize(
+    ("parent", "is_launcher"),
+    [
+        (["/venv/bin/python", "/venv/bin/accelerate", "launch", "run.py"], True),
+        (["/venv/bin/python3", "-m", "trl_grpo_ext", "grpo"], True),
+        (["python", "-u", "-m", "torch.distributed.run", "run.py"], True),
+        (["python", "-m", "trlx"], False),
+        (["bash", "demo.sh"], False),
+        (["/bin/bash"], False),
+        ([], False),
+    ],
+)
+def test_what_a_launcher_is(parent, is_launcher):
+    assert signals._is_launcher(parent) is is_launcher
+
+
+@pytest.mark.parametrize(("ended_as", "status", "says"), [(2, 2, ""), (143, 143, ""), (-9, 137, "SIGKILL")])
+def test_a_launcher_ends_as_its_process(capsys, ended_as, status, says):
+    with pytest.raises(SystemExit) as stopped:
+        end_as(ended_as)
+    assert stopped.value.code == status
+    said = capsys.readouterr().err
+    assert says in said
+    assert bool(said) is bool(says)  # a process that has ended by itself has said why
+
+
+def test_only_what_is_no_news_is_left_out(caplog):
+    hide_no_news()
+    logger = logging.getLogger("DeepSpeed")
+    logger.warning("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.")
+    logger.warning("Something else.")
+    assert [record.getMessage() for record in caplog.records if record.name == "DeepSpeed"] == ["Something else."]
+
+
+# Training
+
+
+class SendAt(TrainerCallback):
+    """Sends a signal to this process in the middle of a step."""
+
+    def __init__(self, at_step, number=signal.SIGTERM):
+        self.at_step, self.number = at_step, number
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at_step:
+            send(self.number)
+            wait_until(lambda: signals.SIGNALS.number is not None)
+
+
+class Interruptible(GRPOExtTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(SaveOnInterrupt(self, "go on"))
+
+
+def train(policy, folder, *, at_step=None, resume=None, **options):
+    options = {
+        "num_iterations": 3,
+        "steps_per_generation": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 6,
+        "save_strategy": "no",
+        **options,
+    }
+    callbacks = [] if at_step is None else [SendAt(at_step)]
+    config = canned_config(folder, GRPOExtConfig, **options)
+    return train_canned(Interruptible, config, policy, resume=resume, callbacks=callbacks)
+
+
+@pytest.mark.parametrize("options", [{}, {"save_strategy": "steps", "save_steps": 50, "save_only_model": True}])
+def test_a_run_that_was_interrupted_goes_on_exactly(ended, policy, tmp_path, capfd, options):
+    """In the middle of the passes over a batch of rollouts."""
+    straight = train(policy, tmp_path / "straight")
+    with pytest.raises(Interrupted) as stopped:
+        train(policy, tmp_path / "out", at_step=3, **options)
+    assert stopped.value.code == 143
+    assert stopped.value.line.endswith(f"saved in {tmp_path / 'out' / 'checkpoint-4'}; to go on: go on")
+    assert stopped.value.line in capfd.readouterr().err
+    assert list(whole_checkpoints(tmp_path / "out")[0]) == [4]
+    assert find_unresumable(tmp_path / "out" / "checkpoint-4") is None
+    assert not signals.SIGNALS.is_on
+    resumed = train(policy, tmp_path / "out", resume=True)
+    assert resumed.trainer.state.global_step == 6
+    assert_same_weights(resumed.weights, straight.weights)
+    assert ended == []
+
+
+def test_sigterm_is_left_to_transformers(ended, policy, tmp_path):
+    """With `enable_jit_checkpoint`, which waits for some seconds first: here the run is over by then."""
+    run = train(policy, tmp_path, at_step=None, enable_jit_checkpoint=True, max_steps=1)
+    assert run.trainer.state.global_step == 1
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# The recipe, as users start it and as a terminal interrupts it
+
+STEPS = 9
+SMALL = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 16,
+    "num_generations": 4,
+    "max_completion_length": 48,
+    "eval_items": 4,
+    "eval_samples": 0,
+    "train_items": 64,
+    "cpu_threads": 1,
+    "save_strategy": "no",
+}
+ENVIRONMENT_WITH_PATH = {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+RECIPE = str(ROOT / "recipes" / "gsm8k.py")
+
+
+def arguments_of(output_dir):
+    return [word for name, value in {**SMALL, "output_dir": output_dir}.items() for word in (f"--{name}", str(value))]
+
+
+def interrupt(command, number, *, whole_group):
+    """Start a command, send it a signal in its third step, and wait for all its processes.
+
+    Returns:
+        `tuple[int, str]`:
+            Its exit status, and what was on the error stream.
+    """
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT_WITH_PATH,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    said = b""
+    try:
+        while f" 2/{STEPS} ".encode() not in said:
+            part = os.read(process.stderr.fileno(), 65536)
+            assert part, said.decode()
+            said += part
+        if whole_group:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        said += process.communicate(timeout=120)[1]  # to the end of whoever holds the stream
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return process.returncode, said.decode()
+
+
+def check_that_it_goes_on(said, interrupted, straight):
+    (step,) = whole_checkpoints(interrupted)[0]
+    assert 2 <= step < STEPS
+    last_line = said.rstrip("\n").split("\n")[-1]
+    assert str(interrupted / f"checkpoint-{step}") in last_line
+    assert not (interrupted / "summary.json").exists()
+    assert "Evaluating after" not in said
+    command = last_line.partition("to go on: ")[2]
+    resumed = run_to_the_end(shlex.split(command), environment=ENVIRONMENT_WITH_PATH)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert_same_weights(*(load_file(folder / "model.safetensors") for folder in (interrupted, straight)))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    result = run_to_the_end([*warm_python(), RECIPE, *arguments_of(folder)])
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("command", "number"), [([sys.executable], signal.SIGTERM), (["accelerate", "launch"], signal.SIGINT)]
+)
+def test_the_recipe(straight, tmp_path, command, number):
+    status, said = interrupt([*command, RECIPE, *arguments_of(tmp_path)], number, whole_group=number == signal.SIGINT)
+    if command[0] == "accelerate":
+        assert f'File "{RECIPE}"' not in said  # what there is is the launcher's own
+        assert said.count("Traceback") <= 1
+    else:
+        assert status == 143
+        assert "Traceback" not in said
+    check_that_it_goes_on(said, tmp_path, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_recipe_on_two_processes(tmp_path):
+    """Ctrl-C reaches both ranks, and again through torchrun."""
+    straight = run_to_the_end([*launcher("ddp_cpu.yaml"), RECIPE, *arguments_of(tmp_path / "straight")])
+    assert straight.returncode == 0, straight.stderr[-3000:]
+    command = [*launcher("ddp_cpu.yaml", is_warm=False), RECIPE, *arguments_of(tmp_path / "out")]
+    _, said = interrupt(command, signal.SIGINT, whole_group=True)
+    assert said.count("Traceback") <= 1  # torchrun's
+    check_that_it_goes_on(said, tmp_path / "out", tmp_path / "straight")

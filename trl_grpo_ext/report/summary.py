@@ -1,0 +1,298 @@
+"""What happened in a run: the sentence that a report begins with, and the figures beside it. Imports no torch.
+
+**Which figure.** Held-out accuracy, of the first set of problems, before training and at the latest evaluation:
+under `strict`, which wants the answer in its tags, as training with this package's format rewards does; under `answer`
+where no answer is ever right under `strict`, because the run asks for another format. Without two evaluations it is
+the share of right training completions, or else the training reward, of the first and the last fifth of generations.
+
+**Whether it changed.** Held-out: if the 95 % interval of the paired difference leaves out 0 (and for verdicts,
+McNemar's test agrees), see [`trl_grpo_ext.evaluation.comparison`]; where the answers are not at hand, if the two
+figures' intervals do not overlap. In training: if the means of the two fifths are more than 1.96 standard errors of
+their difference apart. Everything else "did not change measurably".
+
+**Format or method.** Only for a rise under `strict`. What accuracy rose by under `answer`, for which tags do not
+matter, was method: more problems are solved. The rest of the rise under `strict` was format: answers that were found
+before, and are now in their tags. From two thirds up "most of it was" the one, below a third the other, and between
+"about half". If the rise under `answer` cannot be told from 0, it was format as far as can be told.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, variance
+
+from ..evaluation.comparison import Difference
+from ..evaluation.figures import Estimate
+from ..evaluation.history import EvaluationRecord
+from .record import Run
+
+
+MOST = 2 / 3
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A key figure: `label`, `value` and, in small print, a `note`."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a report begins with.
+
+    Args:
+        sentence (`str`):
+            What happened.
+        facts (`tuple[Fact, ...]`):
+            Key figures.
+        missing (`tuple[str, ...]`):
+            What the record does not have, a sentence each.
+        further (`tuple[str, ...]`):
+            What happened on further sets of held-out problems, a sentence each.
+    """
+
+    sentence: str
+    facts: tuple[Fact, ...]
+    missing: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
+
+
+def summarize(run: Run, differences: Mapping[str, Difference] | None = None) -> Summary:
+    """Say what happened in a run, see the module for the rules.
+
+    Args:
+        run ([`~trl_grpo_ext.report.record.Run`]):
+            The run.
+        differences (`Mapping[str, Difference]`, *optional*):
+            Paired differences between its first and its latest evaluation, by convention.
+    """
+    ends = ends_of(run)
+    if ends is not None and ends[0].step < ends[1].step:
+        sentence = _of_evaluations(run, *ends, differences or {})
+    else:
+        sentence = _of_training(run)
+    return Summary(sentence, tuple(_facts(run, ends)), tuple(_missing(run)), tuple(_further(run)))
+
+
+def ends_of(run: Run) -> tuple[EvaluationRecord, EvaluationRecord] | None:
+    """The first and the latest evaluation of the first set of problems; the same one if there is one alone."""
+    found = evaluations_of(run)
+    return (found[0], found[-1]) if found else None
+
+
+def evaluations_of(run: Run, name: str | None = None) -> list[EvaluationRecord]:
+    """The evaluations of a set of problems, the first set by default, one a step, by step."""
+    if name is None:
+        name = next((record.set for record in run.evaluations), None)
+    by_step = {record.step: record for record in run.evaluations if record.set == name}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def convention_of(records: Sequence[EvaluationRecord]) -> str:
+    """The convention that a run is judged by, see the module."""
+    strict = [record.figures.estimates["strict"].mean for record in records if "strict" in record.figures.estimates]
+    return "strict" if any(mean > 0 for mean in strict) else "answer"
+
+
+def is_changed(before: Estimate, after: Estimate, difference: Difference | None = None) -> bool:
+    """Whether a figure changed measurably, see the module."""
+    if difference is not None:
+        return difference.better is not None
+    return before.high < after.low or after.high < before.low
+
+
+def percent(share: float) -> str:
+    """A share as text, in percent."""
+    return f"{100 * share:.1f} %"
+
+
+def interval(estimate: Estimate, scale: float = 100) -> str:
+    """The bounds of an estimate's interval as text."""
+    return f"{scale * estimate.low:.1f} to {scale * estimate.high:.1f}"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 100 else f"{int(minutes // 60)} h {minutes % 60:.0f} min"
+
+
+def steps_of(run: Run) -> str:
+    """How far it has come: `"in 120 steps"`, `"in the 37 of 120 steps that are recorded"`."""
+    done, planned = run.last_step, run.settings.get("max_steps")
+    has_plan = isinstance(planned, int) and planned > done
+    if run.end is not None and run.end.get("status") == "finished":
+        return f"in {_count(done, 'step')}"
+    if run.end is not None:
+        return f"in {done} of {_count(planned, 'step')}" if has_plan else f"in {_count(done, 'step')}"
+    return f"in the first {done} of {_count(planned, 'step')}" if has_plan else f"in {_count(done, 'step')} so far"
+
+
+def status_of(run: Run) -> str:
+    """`"finished"`, `"stopped early"`, or that nobody wrote how it ended."""
+    if run.end is None:
+        return "going on, or killed"
+    return "finished" if run.end.get("status") == "finished" else "stopped early"
+
+
+def _count(number: int | None, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _of_evaluations(
+    run: Run, first: EvaluationRecord, last: EvaluationRecord, differences: Mapping[str, Difference]
+) -> str:
+    convention = convention_of(evaluations_of(run))
+    before, after = (record.figures.estimates.get(convention) for record in (first, last))
+    if before is None or after is None:
+        return _of_training(run)
+    name = "Held-out accuracy" if convention == "strict" else "Held-out accuracy, whatever the format,"
+    since = "" if first.step == 0 else f" from step {first.step}"
+    span = steps_of(run) if last.step >= run.last_step else f"up to step {last.step}"
+    if not is_changed(before, after, differences.get(convention)):
+        sentence = (
+            f"{name} did not change measurably{since}: {percent(before.mean)} before and {percent(after.mean)} after "
+            f"(95 % interval {interval(after)}), {span}."
+        )
+    else:
+        verb = "rose" if after.mean > before.mean else "fell"
+        sentence = (
+            f"{name} {verb} from {percent(before.mean)} to {percent(after.mean)} (95 % interval {interval(after)})"
+            f"{since} {span}"
+        )
+        told = _attribution(first, last, differences) if verb == "rose" and convention == "strict" else ""
+        sentence += f"; {told}." if told else "."
+    return f"{sentence}{_end_of(run)}"
+
+
+def _further(run: Run) -> Iterator[str]:
+    for name in list(dict.fromkeys(record.set for record in run.evaluations))[1:]:
+        records = evaluations_of(run, name)
+        convention = convention_of(records)
+        before, after = (record.figures.estimates.get(convention) for record in (records[0], records[-1]))
+        if len(records) < 2 or before is None or after is None:
+            continue
+        figures = f"{percent(before.mean)} before and {percent(after.mean)} after"
+        if not is_changed(before, after):
+            yield f"On {name} it did not change measurably: {figures}."
+        else:
+            yield f"On {name} it {'rose' if after.mean > before.mean else 'fell'}: {figures}."
+
+
+def _attribution(first: EvaluationRecord, last: EvaluationRecord, differences: Mapping[str, Difference]) -> str | None:
+    """How much of a rise was method and how much format, see the module."""
+    try:
+        strict, answer = (
+            (first.figures.estimates[name], last.figures.estimates[name]) for name in ("strict", "answer")
+        )
+    except KeyError:
+        return None
+    rise = strict[1].mean - strict[0].mean
+    if not is_changed(*answer, differences.get("answer")):
+        return "as far as can be told it was format: answers wherever they stand were right as often as before"
+    if answer[1].mean < answer[0].mean:
+        return "it was format: answers wherever they stand were right less often than before"
+    method = min(1.0, (answer[1].mean - answer[0].mean) / rise)
+    if method >= MOST:
+        return "most of it was method, not format" if method < 0.95 else "it was method, not format"
+    return "most of it was format, not method" if method <= 1 - MOST else "about half of it was method, half format"
+
+
+def _of_training(run: Run) -> str:
+    if not run.steps and not run.generations:
+        return f"No step has been recorded yet.{_end_of(run)}"
+    rights = [found.statistics.right for found in run.generations if found.statistics.right is not None]
+    rewards = [value for _, value in run.series("reward")]
+    values, what, show = (rights, "The share of right training completions", percent)
+    if len(values) < 2:
+        values, what, show = (rewards or _sums(run), "The training reward", "{:.2f}".format)
+    tail = "Nothing was held out to measure it on." if not run.evaluations else "Only one evaluation is there yet."
+    if len(values) < 2:
+        return f"{_count(run.last_step, 'step')} recorded, too few to say more. {tail}{_end_of(run)}"
+    (before, after), changed = _fifths(values)
+    if not changed:
+        return (
+            f"{what} did not change measurably: {show(before)} at first and {show(after)} at last, {steps_of(run)}. "
+            f"{tail}{_end_of(run)}"
+        )
+    verb = "rose" if after > before else "fell"
+    return f"{what} {verb} from {show(before)} to {show(after)} {steps_of(run)}. {tail}{_end_of(run)}"
+
+
+def _sums(run: Run) -> list[float]:
+    """The weighted sums of the rewards' means, where no metric has them."""
+    weights = {reward.name: reward.weight for reward in run.rewards}
+    return [
+        sum(weights.get(name, 1.0) * (found.mean or 0.0) for name, found in generation.statistics.rewards.items())
+        for generation in run.generations
+        if generation.statistics.rewards
+    ]
+
+
+def _fifths(values: Sequence[float]) -> tuple[tuple[float, float], bool]:
+    """The means of the first and the last fifth, and whether they differ measurably."""
+    size = max(1, len(values) // 5)
+    first, last = values[:size], values[-size:]
+    means = fmean(first), fmean(last)
+    if size < 2:  # no spread to tell a change from
+        return means, False
+    error = math.sqrt((variance(first) + variance(last)) / size)
+    return means, abs(means[1] - means[0]) > 1.96 * error
+
+
+def _end_of(run: Run) -> str:
+    if run.end is None:
+        return " The run is still going on, or it was killed."
+    return "" if run.end.get("status") == "finished" else " The run was stopped before its end."
+
+
+def _facts(run: Run, ends: tuple[EvaluationRecord, EvaluationRecord] | None) -> list[Fact]:
+    facts = []
+    if ends is not None:
+        convention = convention_of(evaluations_of(run))
+        for name, label in ((convention, "held-out accuracy"), ("format", "answers in tags")):
+            before, after = (record.figures.estimates.get(name) for record in ends)
+            if before is None or after is None:
+                continue
+            if ends[0].step < ends[1].step:
+                facts.append(Fact(label, percent(after.mean), f"before {percent(before.mean)}"))
+            else:
+                facts.append(Fact(label, percent(after.mean), f"at step {ends[1].step}"))
+    rights = [found.statistics.right for found in run.generations if found.statistics.right is not None]
+    if rights and ends is None:
+        size = max(1, len(rights) // 5)
+        facts.append(
+            Fact("right in training", percent(fmean(rights[-size:])), f"at first {percent(fmean(rights[:size]))}")
+        )
+    facts.append(Fact("optimizer steps", f"{run.last_step:,}", status_of(run)))
+    if run.generations:
+        completions = sum(found.statistics.completions for found in run.generations)
+        facts.append(Fact("completions", f"{completions:,}", f"in {_count(len(run.generations), 'generation')}"))
+    seconds = sum(sum(step.seconds.values()) for step in run.steps)
+    if seconds:
+        facts.append(Fact("time", duration(seconds), f"{seconds / len(run.steps):.2g} s a step"))
+    return facts
+
+
+def _missing(run: Run) -> list[str]:
+    missing = []
+    if not run.evaluations:
+        missing.append(
+            "No held-out problems were evaluated, so this report cannot say whether the policy solves more than the "
+            "problems it trained on; EvaluationCallback, or --eval_dataset_name, measures it."
+        )
+    if not run.steps:
+        missing.append("No optimizer step is recorded yet.")
+    if not any(generation.samples for generation in run.generations):
+        missing.append("No completions of training are in the record.")
+    if run.unreadable_lines:
+        missing.append(
+            f"{_count(run.unreadable_lines, 'line')} of the record could not be read, as happens where a run is "
+            "killed in the middle of one; all others are shown."
+        )
+    return missing
