@@ -71,7 +71,8 @@ class RewardStatistics:
             Groups in which the scores differ.
         advantage_share (`float`, *optional*):
             Share of the advantage that is this function's: the covariance of its weighted score with the weighted sum,
-            within groups, over the sum's variance (before groups are scaled to the same deviation, if they are). The shares of all functions add up to 1; `None` without signal.
+            within groups, over the sum's variance, before groups are scaled to the same deviation, if they are. The
+            shares of all functions add up to 1; `None` without signal.
     """
 
     mean: float | None
