@@ -518,6 +518,12 @@ def test_texts_are_quoted_in_one_short_line():
     assert len(message) < 1200
 
 
+def test_names_of_rewards_do_not_break_the_line():
+    message = holding(constant_reward(0.3, name="a\n\x1b[2J\u202eb"))["constant-reward"].message
+    assert message.isprintable()
+    assert "\\n" in message
+
+
 def test_what_follows_from_something_else_is_left_out():
     run = run_of(scores(right=0, tags=0), metrics={"completions/clipped_ratio": 1.0})
     assert {"no-format", "groups-without-format"} < holding(run).keys()

@@ -111,7 +111,8 @@ KL_PASSES = 0.025
     f"the format is {WORSE_FORMAT:.0%} of full marks lower, by {WORSE_ERRORS:g} standard errors; over "
     f"{WORSE_GROUPS_AFAR[0][1]} where passes move the policy by more than {KL_PASSES:g} nats a token",
     remedy="Go back to a checkpoint or the start with a learning_rate three to ten times smaller; fewer passes "
-    "(num_iterations), target_kl or max_grad_norm help too. See what the rewards pay for, if it is not that.",
+    "(num_iterations), target_kl or max_grad_norm help too. If it is not that, see what the "
+    "rewards pay for, and whether the problems become harder in the order of the data.",
     explained_by=("length-without-correctness",),
 )
 def learning_rate_too_high(run: Run) -> Found | None:
@@ -259,7 +260,11 @@ def entropy_collapse(run: Run) -> Found | None:
     if median(now) >= ENTROPY_RATIO * median(before) or _has_learned(run):
         return None
     learned = "" if right is None else f", and {right:.0%} of completions are right"
-    return Found(f"Entropy went from {median(before):.3g} to {median(now):.3g} nats a token{learned}.", now[0][0])
+    return Found(
+        f"Entropy went from {median(before):.3g} to {median(now):.3g} nats a token{learned}, with "
+        f"temperature={setting(run, 'temperature')} and learning_rate={setting(run, 'learning_rate')}.",
+        now[0][0],
+    )
 
 
 @rule(
@@ -396,7 +401,11 @@ def clip_binds_mostly(run: Run) -> Found | None:
     if found is None or found[1] <= CLIP_MOST:
         return None
     number, value, step = found
-    return Found(f"In pass {number} it bound for {value:.0%} of tokens (median of {PASSES} passes).", step)
+    return Found(
+        f"In pass {number} it bound for {value:.0%} of tokens (median of {PASSES} passes), with learning_rate="
+        f"{setting(run, 'learning_rate')} and num_iterations={setting(run, 'num_iterations')}.",
+        step,
+    )
 
 
 # Who sampled and who is trained.
@@ -459,4 +468,6 @@ def old_rollouts(run: Run) -> Found | None:
     if not said:
         return None
     step = kl[2] if kl is not None else 1
-    return Found(f"Rollouts are used for {steps} optimizer steps, and {' and '.join(said)}.", step)
+    names = ("num_iterations", "steps_per_generation", "gradient_accumulation_steps")
+    schedule = ", ".join(f"{name}={setting(run, name)}" for name in names)
+    return Found(f"Rollouts are used for {steps} optimizer steps ({schedule}), and {' and '.join(said)}.", step)

@@ -159,7 +159,7 @@ def _silent_groups(kind: str, groups: int = SILENT_GROUPS) -> Callable[[Run], Fo
             return None
         return Found(
             f"In {window.total('silent')} of the last {window.groups} groups all rewards are equal; in {counts[kind]} "
-            f"of them {_SILENT_REASONS[kind]}.",
+            f"of them {_SILENT_REASONS[kind]}, with num_generations={setting(run, 'num_generations')}.",
             window.step,
         )
 
@@ -425,10 +425,11 @@ def dominant_reward(run: Run) -> Found | None:
     if sum(shares.values()) <= DOMINANT_SHARE or of_others <= DOMINANT_RANGE * of_judges:
         return None
     name = max(shares, key=lambda name: shares[name])
+    weights = {reward.name: f"{reward.weight:g}" for reward in run.rewards}
     return Found(
         f"Over the last {window.groups} groups rewards for other things make {sum(shares.values()):.0%} of the "
-        f"advantage, {name} alone {shares[name]:.0%}, while {right:.0%} of completions are right and correctness "
-        f"differs within {spread:.0%} of groups.",
+        f"advantage, {name} with a weight of {weights[name]} alone {shares[name]:.0%}, while {right:.0%} of "
+        f"completions are right and correctness differs within {spread:.0%} of groups.",
         window.step,
     )
 
