@@ -131,12 +131,13 @@ SICK = {
     "learning rate 1e-3": Sick("kl-of-passes", 12, {"learning_rate": 1e-3}),
     "learning rate 0": Sick("learning-rate-zero", 4, {"learning_rate": 0.0}),
     "learning rate 1e-9": Sick("learning-rate-small", 11, {"learning_rate": 1e-9}),
+    "learning rate 2e-6": Sick("nothing-changes", 60, {"learning_rate": 2e-6}),
     "8 tokens": Sick("truncated-completions", 5, {"max_completion_length": 8}),
     "8 tokens, masked": Sick(
         "truncated-completions", 5, {"max_completion_length": 8, "mask_truncated_completions": True}
     ),
     "no references": Sick("unscored-references", 4, {"check_references": False}, answer=lambda row: None),
-    "wrong references": Sick("never-right", 6, answer=lambda row: str(-100_000 - row)),
+    "wrong references": Sick("never-right", 10, answer=lambda row: str(-100_000 - row)),
     "other tags": Sick("no-format", 6, {"check_references": False}, rewards=other_tags),
     "reward None": Sick("reward-without-scores", 8, rewards=lambda: gsm8k_bundle() + [nothing]),
     "reward NaN": Sick("reward-without-scores", 8, rewards=lambda: gsm8k_bundle() + [not_a_number]),
@@ -144,7 +145,7 @@ SICK = {
     "reward constant": Sick("constant-reward", 8, rewards=lambda: gsm8k_bundle() + [always_one]),
     "format 20 times": Sick("dominant-reward", 8, rewards=format_first),
     "empty references": Sick(
-        "groups-all-right", 8, rewards=lambda: RewardBundle([correct_if_contained]), answer=lambda row: ""
+        "groups-all-right", 12, rewards=lambda: RewardBundle([correct_if_contained]), answer=lambda row: ""
     ),
     "reward for length": Sick("length-without-correctness", 40, rewards=length_alone),
     "slow reward": Sick("slow-rewards", 20, rewards=lambda: gsm8k_bundle() + [slow]),

@@ -66,7 +66,8 @@ def shown(capsys, monkeypatch, **options):
         "extra": {"reference": ["7"] * 64, "nothing": [None] * 64},
         **options,
     }
-    show_completions([1.0, 2.0, 0.0], print_prompt_completions_sample, step=3, **columns)
+    weights = {name: 2.0 if name == "b" else 1.0 for name in columns["rewards"]}
+    show_completions(weights, print_prompt_completions_sample, step=3, **columns)
     return capsys.readouterr().out
 
 

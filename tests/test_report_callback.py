@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from canned import (
     NUM_GENERATIONS,
     assert_same_weights,
@@ -266,6 +267,69 @@ def test_a_completion_of_200_kb(policy, tmp_path):
     assert sample.chars == len(HOSTILE)
     assert sample.completion.startswith("</script><script>alert(1)</script>?999")
     assert len(sample.completion) < 5_000
+
+
+def named(name, function):
+    function.__name__ = name
+    return function
+
+
+def test_rewards_with_one_name(policy, tmp_path):
+    """TRL logs both under it; in the record each has its own scores, and showing completions does not fail."""
+    constant = named("reward", lambda completions, **kwargs: [1.0] * len(completions))
+    other = named("reward", lambda completion_ids, **kwargs: [float(sum(ids) % 5) for ids in completion_ids])
+    rewards = [constant, other, named("third", lambda completions, **kwargs: [0.0] * len(completions))]
+    rewards.append(named("fourth", lambda completions, **kwargs: [0.0] * len(completions)))
+    train(tmp_path, policy, reward=rewards, log_completions=True)
+    found = read_record(tmp_path)
+    assert [reward.name for reward in found.rewards] == ["reward", "reward (2)", "third", "fourth"]
+    assert found.generations[0].statistics.rewards["reward"].std == 0
+    assert found.generations[0].statistics.rewards["reward (2)"].std > 0
+    assert found.generations[0].samples[0].rewards.keys() == {reward.name for reward in found.rewards}
+    assert found.end is not None
+
+
+def test_groups_without_signal_where_rewards_are_normalized_first(policy, tmp_path):
+    """Two rewards that cancel in the sum do not after each is normalized, and then have an advantage."""
+    one = named("one", lambda completion_ids, **kwargs: [float(len(ids) % 3) for ids in completion_ids])
+    other = named("other", lambda completion_ids, **kwargs: [-2.0 * (len(ids) % 3) for ids in completion_ids])
+    options = {"reward_weights": [2.0, 1.0], "max_steps": 1, "multi_objective_aggregation": "normalize_then_sum"}
+    train(tmp_path, policy, reward=[one, other], **options)
+    (generation,) = read_record(tmp_path).generations
+    assert generation.statistics.silent < generation.statistics.groups
+    assert any(sample.advantage for sample in generation.samples)
+
+
+class OtherBatches(RecordingTrainer):
+    """Leaves rows out of the batch, or makes one without rewards of TRL's."""
+
+    def _generate_and_score_completions(self, inputs):
+        rows = super()._generate_and_score_completions(inputs)
+        return {name: value[2:] if torch.is_tensor(value) and value.dim() else value for name, value in rows.items()}
+
+
+class OwnRewards(RecordingTrainer):
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        return torch.arange(float(len(prompts))).view(-1, 1)
+
+    def _generate_and_score_completions(self, inputs):
+        calculate = vars(self).pop("_calculate_rewards", None)  # what stands before it does not see this one
+        rows = super()._generate_and_score_completions(inputs)
+        if calculate is not None:
+            self._calculate_rewards = calculate
+        return rows
+
+
+@pytest.mark.parametrize("trainer_class", [OtherBatches, OwnRewards])
+def test_trainers_that_make_batches_in_another_way_are_recorded_as_far_as_can_be(policy, tmp_path, trainer_class):
+    train(tmp_path, policy, trainer_class, num_iterations=1)
+    found = read_record(tmp_path)
+    assert [step.step for step in found.steps] == [1, 2, 3, 4]
+    assert found.end is not None
+    samples = [sample for generation in found.generations for sample in generation.samples]
+    assert len(samples) == (0 if trainer_class is OwnRewards else NUM_GENERATIONS * len(found.generations))
+    assert not any(sample.advantage for sample in samples)
+    assert all(generation.statistics.groups for generation in found.generations)
 
 
 @pytest.mark.slow

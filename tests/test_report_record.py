@@ -72,8 +72,8 @@ def test_folders_without_a_record_are_named(tmp_path):
 
 
 def test_numbers_that_json_has_not_and_texts_that_utf_8_has_not():
-    line = to_line({"metrics": {"a": float("nan"), "b": float("inf"), "c": 1}, "text": "\ud800é", "list": (1, 2.5)})
-    assert json.loads(line) == {"metrics": {"a": None, "b": None, "c": 1}, "text": "?é", "list": [1, 2.5]}
+    line = to_line({"metrics": {"a": float("nan"), "b\ud800": float("inf")}, "text": "\ud800é", "list": (1, 2.5)})
+    assert json.loads(line.encode()) == {"metrics": {"a": None, "b?": None}, "text": "?é", "list": [1, 2.5]}
 
 
 def test_long_texts_keep_beginning_and_end():
@@ -139,3 +139,17 @@ def test_completions_that_were_not_scored():
     assert found.formatted is None
     assert generation_statistics({"correctness": nothing, "b": nothing}, rewards, 2).silent_unscored == 2
     assert generation_statistics({}, [], 8).groups == 0
+
+
+def test_rewards_that_are_normalized_before_they_are_summed():
+    """TRL's `normalize_then_sum`: small and large scores weigh the same, and what cancels in the sum may not then."""
+    rewards = [RewardAbout("large", 1.0, "other"), RewardAbout("small", 2.0, "other")]
+    scores = {"large": [8.0, 0.0, 8.0, 0.0, 1.0, 1.0], "small": [0.0, 4.0, 0.1, None, 3.0, 3.0]}
+    summed = generation_statistics(scores, rewards, 2)
+    assert summed.silent == 2
+    assert summed.rewards["large"].advantage_share > 0.9
+    normalized = generation_statistics(scores, rewards, 2, normalizes_first=True)
+    assert normalized.silent == 1  # the scores of the last group are equal
+    # +-0.707 of the large one, and twice as much of the small one, against it: 0.707 is left; then the large one alone
+    assert normalized.rewards["large"].advantage_share == pytest.approx((-0.5 + 0.5) / (0.5 + 0.5), abs=1e-3)
+    assert normalized.rewards["small"].advantage_share == pytest.approx(1.0, abs=1e-3)

@@ -24,7 +24,7 @@ _NO_BASE_MODEL, _NO_HUB_MODEL = "[None](https://huggingface.co/None)", 'model="N
 
 
 def show_completions(
-    weights: Sequence[float],
+    weights: Mapping[str, float],
     show: Callable[..., None],
     prompts: list[Any],
     completions: list[Any],
@@ -41,8 +41,8 @@ def show_completions(
     two highest and the two lowest advantages are shown, and not the whole batch.
 
     Args:
-        weights (`Sequence[float]`):
-            The reward functions'.
+        weights (`Mapping[str, float]`):
+            The reward functions', by their names. TRL has one column for functions of the same name, the last one's.
         show (`Callable`):
             TRL's function.
         prompts, completions, rewards, advantages, step, num_samples, extra:
@@ -60,7 +60,7 @@ def show_completions(
             ],
             **columns,
         }
-        rewards = {"reward": [_weighted(row, weights) for row in rows]}
+        rewards = {"reward": [_weighted(row, [weights[name] for name in rewards]) for row in rows]}
     shown = list(range(len(prompts)))
     if num_samples is None and len(shown) > NUM_COMPLETIONS:
         by_advantage = sorted(shown, key=lambda row: -advantages[row])

@@ -83,7 +83,8 @@ class GRPOExtTrainer(
     def log(self, *args: Any, **kwargs: Any) -> None:
         if not self.log_completions:
             return super().log(*args, **kwargs)
-        with compat.completions_shown_by(partial(show_completions, self.reward_weights.tolist())):
+        weights = dict(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
+        with compat.completions_shown_by(partial(show_completions, weights)):
             super().log(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

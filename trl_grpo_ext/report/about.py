@@ -1,5 +1,6 @@
 """What a trainer knows of its run, for the run's record: no secrets, and nothing of whose machine it is."""
 
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -73,11 +74,15 @@ def about_dataset(dataset: Any, name: Any = None) -> dict[str, Any]:
 
 
 def about_rewards(trainer: "GRPOTrainer") -> list[RewardAbout]:
-    """What is known of a trainer's rewards."""
+    """What is known of a trainer's rewards. Of several with one name the later ones have a number behind it."""
     weights = trainer.reward_weights.tolist()
+    names: list[str] = []
+    for name in trainer.reward_func_names:
+        numbered = (name if number == 1 else f"{name} ({number})" for number in itertools.count(1))
+        names.append(next(candidate for candidate in numbered if candidate not in names))
     return [
         RewardAbout.of(function, weight, name)
-        for function, weight, name in zip(trainer.reward_funcs, weights, trainer.reward_func_names, strict=True)
+        for function, weight, name in zip(trainer.reward_funcs, weights, names, strict=True)
     ]
 
 

@@ -247,12 +247,16 @@ class RunRecordCallback(TrainerCallback):
         self._watch = Watch() if extension_setting(self._trainer.args, "diagnose") else None
 
     def _add_generation(self, batch: _Batch, rows: Any) -> None:
+        if not batch.scores:  # a trainer that makes its batches in another way
+            return
         size = self._trainer.num_generations
+        normalizes_first = self._trainer.multi_objective_aggregation == "normalize_then_sum"
         scores = {reward.name: [row[i] for row in batch.scores] for i, reward in enumerate(self._rewards)}
+        statistics = generation_statistics(scores, self._rewards, size, normalizes_first=normalizes_first)
         event: dict[str, Any] = {
             "event": "generation",
             "step": batch.step,
-            "statistics": _rounded(generation_statistics(scores, self._rewards, size).to_dict()),
+            "statistics": _rounded(statistics.to_dict()),
         }
         self._num_generations += 1
         if is_sampled(self._num_generations):
@@ -268,15 +272,17 @@ class RunRecordCallback(TrainerCallback):
         begin = min(hashes, key=lambda begin: (hashes[begin] not in self._prompts_known, hashes[begin]))
         self._know_prompt(hashes[begin])
         end = min(begin + min(size, MOST_SAMPLES), len(batch.prompts))
-        advantages = rows["advantages"][begin:end].float()
-        if advantages.dim() > 1:  # one for each token
-            advantages = advantages.mean(dim=1)
+        advantages: list[float | None] = [None] * (end - begin)
+        if len(rows["advantages"]) == len(batch.prompts):  # a subclass may have left rows out, or put some in
+            chosen = rows["advantages"][begin:end].float()
+            # of some trainers there is one for each token
+            advantages = (chosen.mean(dim=1) if chosen.dim() > 1 else chosen).tolist()
         return [
             self._sample(batch, row, prompts[begin], advantage)
-            for row, advantage in zip(range(begin, end), advantages.tolist(), strict=True)
+            for row, advantage in zip(range(begin, end), advantages, strict=True)
         ]
 
-    def _sample(self, batch: _Batch, row: int, prompt: str, advantage: float) -> Sample:
+    def _sample(self, batch: _Batch, row: int, prompt: str, advantage: float | None) -> Sample:
         completion, ids = conversation_to_text(batch.completions[row]), batch.completion_ids[row]
         extracted = batch.extracted[row] if row < len(batch.extracted) else None
         return Sample(

@@ -40,8 +40,9 @@ class Finding:
 
     @property
     def message(self) -> str:
-        """All of it in one line."""
-        return f"{self.title}. {self.evidence} {self.remedy} [{self.rule}]"
+        """All of it in one line, whatever the reward functions are called."""
+        text = f"{self.title}. {self.evidence} {self.remedy} [{self.rule}]"
+        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 @dataclass(frozen=True)

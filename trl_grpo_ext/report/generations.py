@@ -71,7 +71,8 @@ class RewardStatistics:
             Groups in which the scores differ.
         advantage_share (`float`, *optional*):
             Share of the advantage that is this function's: the covariance of its weighted score with the weighted sum,
-            within groups, over the sum's variance. The shares of all functions add up to 1; `None` without signal.
+            within groups, over the sum's variance, before groups are scaled to the same deviation, if they are. The
+            shares of all functions add up to 1; `None` without signal.
     """
 
     mean: float | None
@@ -94,7 +95,7 @@ class GenerationStatistics:
         groups (`int`):
             Of how many prompts.
         silent (`int`):
-            Groups without signal: the sums of their rewards are all equal.
+            Groups without signal: the weighted sums of their rewards are all equal.
         silent_right (`int`), silent_wrong (`int`), silent_unscored (`int`):
             Of these, groups whose completions are all right, none right, or not scored at all. The others, silent for
             another reason, are the difference. Without a reward for correctness all but the unscored are "others".
@@ -132,7 +133,11 @@ class GenerationStatistics:
 
 
 def generation_statistics(
-    scores: Mapping[str, Sequence[float | None]], rewards: Sequence[RewardAbout], num_generations: int
+    scores: Mapping[str, Sequence[float | None]],
+    rewards: Sequence[RewardAbout],
+    num_generations: int,
+    *,
+    normalizes_first: bool = False,
 ) -> GenerationStatistics:
     """Count a generation batch.
 
@@ -144,6 +149,9 @@ def generation_statistics(
             The reward functions.
         num_generations (`int`):
             Completions of a group. Those behind the last whole group are left out.
+        normalizes_first (`bool`, *optional*, defaults to `False`):
+            Whether the scores of each function are normalized within a group before they are weighted and summed, as
+            with TRL's `multi_objective_aggregation="normalize_then_sum"`.
 
     Returns:
         `GenerationStatistics`
@@ -166,7 +174,7 @@ def generation_statistics(
     is_scored = ~np.isnan(table)
     finite = np.where(np.isfinite(table), table, math.nan)
     weights = np.array([reward.weight for reward in rewards]).reshape(-1, 1, 1)
-    weighted = np.nan_to_num(finite) * weights
+    weighted = np.nan_to_num(_normalized(finite) if normalizes_first else finite) * weights
     sums = weighted.sum(axis=0)  # (groups, num_generations)
     within = sums - sums.mean(axis=1, keepdims=True)
     variance = float((within**2).sum())
@@ -209,6 +217,14 @@ def _reward_statistics(
         groups_with_spread=int((has_spread != has_spread[:, :1]).any(axis=1).sum()),
         advantage_share=float((weighted * within).sum() / variance) if variance > 1e-12 else None,
     )
+
+
+def _normalized(finite: np.ndarray) -> np.ndarray:
+    """As TRL does it: within a group, over the completions that a function has scored."""
+    counts = (~np.isnan(finite)).sum(axis=2, keepdims=True)
+    deviations = finite - np.nansum(finite, axis=2, keepdims=True) / np.maximum(counts, 1)
+    std = np.sqrt(np.nansum(deviations**2, axis=2, keepdims=True) / np.maximum(counts - 1, 1))
+    return deviations / (std + 1e-4)
 
 
 def _right(finite: np.ndarray, rewards: Sequence[RewardAbout]) -> tuple[np.ndarray, np.ndarray]:

@@ -267,11 +267,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {_text(name): _plain(item) for name, item in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, str):
         return [_plain(item) for item in value]
     if value is None or isinstance(value, bool | int):
         return value
+    return _text(value)
+
+
+def _text(value: Any) -> str:
     return str(value).encode("utf-8", "replace").decode("utf-8")  # lone surrogates are no UTF-8
 
 

@@ -40,6 +40,7 @@ RULES: tuple[Rule, ...] = (
     speed.slow_rewards,
     speed.waiting_ranks,
     signals.data_too_easy,
+    policy.nothing_changes,
     policy.clip_never_binds,
     policy.learning_rate_small,
     speed.gpu_waits,

@@ -1,38 +1,51 @@
 """Does the policy learn, and not run away? Imports no torch."""
 
+import bisect
+
 from ..findings import HINT, Found, rule
 from ..record import Run
 from ..windows import Window, apart, both_windows, earliest, fall, first_window, last_window, latest, mean, median
 from .common import number_of, setting
 
 
-# Something else rises, and correctness does not.
-FLAT_STEPS = 40
-FLAT_GROUPS = 64
+# Something else rises, and correctness does not. Right answers of a prompt come together, so that of few groups nobody
+# can tell a slow rise from none.
+FLAT_STEPS = 80
+FLAT_FIRST_GROUPS, FLAT_GROUPS = 128, 256
 FLAT_GENERATIONS = 4
-FLAT_RISE = 0.03
+FLAT_RIGHT = 0.8  # above that there is little left to rise
 FORMAT_RISE = 0.2
-LENGTH_RATIO = 1.5
+LENGTH_RATIO = 2.0
 LENGTH_TOKENS = 16
-# Sooner, and of fewer groups, where fewer are right than at the beginning.
+# Sooner, and of fewer groups, where clearly fewer are right than at the beginning.
 FALL_STEPS = 20
 FALL_GROUPS = 32
+FALL_ERRORS = 2.0
 
 
-def _flat_windows(
-    run: Run, steps: int = FLAT_STEPS, groups: int = FLAT_GROUPS, rise: float = FLAT_RISE
-) -> tuple[Window, Window] | None:
-    """The beginning and now, if correctness has not risen between them by more than there is noise."""
-    windows = both_windows(run, steps_between=steps, groups=groups, generations=FLAT_GENERATIONS)
-    before, now = (window.mean("right") for window in windows) if windows else (None, None)
-    return windows if before is not None and now is not None and now - before < rise else None
+def _flat_windows(run: Run) -> tuple[Window, Window] | None:
+    """The beginning and now, if no more are right now."""
+    first, last = first_window(run, groups=FLAT_FIRST_GROUPS), last_window(run, groups=FLAT_GROUPS)
+    windows = apart(run, first, last)
+    if windows is None or windows[1].step - windows[0].step < FLAT_STEPS:
+        return None
+    before, now = (window.mean("right") for window in windows)
+    return windows if before is not None and now is not None and now <= before < FLAT_RIGHT else None
+
+
+def _fallen_windows(run: Run) -> tuple[Window, Window] | None:
+    """The same of fewer groups, if fewer are right by more than there is noise."""
+    windows = both_windows(run, steps_between=FALL_STEPS, groups=FALL_GROUPS, generations=FLAT_GENERATIONS)
+    found = fall(windows, "right", WORSE_ALIKE) if windows else None
+    return windows if found is not None and found[2] >= FALL_ERRORS else None
 
 
 @rule(
     "format-without-correctness",
     "The format is learned, and correctness is not",
     when=f"after {FLAT_STEPS} steps or more, format rewards pay {FORMAT_RISE:.0%} of full marks more than over the "
-    f"first {FLAT_GROUPS} groups, and right completions have not become more by {FLAT_RISE:.0%}",
+    f"first {FLAT_FIRST_GROUPS} groups, and of the last {FLAT_GROUPS} no more completions are right, and less than "
+    f"{FLAT_RIGHT:.0%}",
     remedy="Raise the weight of correctness, and see in the report whether right answers are graded as right. If they "
     "are, take easier problems or more completions of each.",
     explained_by=("unscored-references", "never-right", "dominant-reward"),
@@ -53,14 +66,16 @@ def format_without_correctness(run: Run) -> Found | None:
 @rule(
     "length-without-correctness",
     "Completions grow longer, and correctness does not",
-    when=f"after {FLAT_STEPS} steps or more, they are {LENGTH_RATIO:g} times and {LENGTH_TOKENS} tokens longer than "
-    f"the first, and right completions have not become more by {FLAT_RISE:.0%}; after {FALL_STEPS}, have become fewer",
+    when=f"they are {LENGTH_RATIO:g} times and {LENGTH_TOKENS} tokens longer than the first, and after {FLAT_STEPS} "
+    f"steps or more no more of the last {FLAT_GROUPS} groups' completions are right than of the first "
+    f"{FLAT_FIRST_GROUPS}, and less than {FLAT_RIGHT:.0%}; or, after {FALL_STEPS} steps, fewer, "
+    f"by {FALL_ERRORS:g} standard errors",
     remedy="Look at late completions: repetition, or a reward that pays for length. loss_type='dapo' or 'dr_grpo' "
     "does not favour long wrong completions, and a reward for brevity holds them back.",
     explained_by=("truncated-completions",),
 )
 def length_without_correctness(run: Run) -> Found | None:
-    windows = _flat_windows(run) or _flat_windows(run, FALL_STEPS, FALL_GROUPS, rise=0.0)
+    windows = _flat_windows(run) or _fallen_windows(run)
     name = "completions/mean_length"
     before, now = earliest(run, name, FLAT_GENERATIONS), latest(run, name, FLAT_GENERATIONS)
     if windows is None or not before or not now:
@@ -79,7 +94,7 @@ def length_without_correctness(run: Run) -> Found | None:
 WORSE_GROUPS = ((32, 32), (64, 64))  # first ones, last ones
 WORSE_GROUPS_AFAR = ((8, 16), (16, 16))
 WORSE_PASSES = 3
-WORSE_ERRORS = 3.0
+WORSE_ERRORS = 3.5
 WORSE_ERRORS_AFAR = 2.5
 WORSE_ALIKE = 0.5
 WORSE_RIGHT_RATIO = 0.5
@@ -96,7 +111,8 @@ KL_PASSES = 0.025
     f"the format is {WORSE_FORMAT:.0%} of full marks lower, by {WORSE_ERRORS:g} standard errors; over "
     f"{WORSE_GROUPS_AFAR[0][1]} where passes move the policy by more than {KL_PASSES:g} nats a token",
     remedy="Go back to a checkpoint or the start with a learning_rate three to ten times smaller; fewer passes "
-    "(num_iterations), target_kl or max_grad_norm help too. See what the rewards pay for, if it is not that.",
+    "(num_iterations), target_kl or max_grad_norm help too. If it is not that, see what the "
+    "rewards pay for, and whether the problems become harder in the order of the data.",
     explained_by=("length-without-correctness",),
 )
 def learning_rate_too_high(run: Run) -> Found | None:
@@ -164,14 +180,14 @@ def learning_rate_small(run: Run) -> Found | None:
 
 # No gradient. The loss alone says nothing: on the first pass it is 0 where the gradient is not.
 NO_GRADIENT_LOGS = 5
-NO_GRADIENT_GENERATIONS = 2
+NO_GRADIENT_SILENT = 0.5
 
 
 @rule(
     "no-gradient",
     "The gradient is 0",
-    when=f"its norm is 0 in {NO_GRADIENT_LOGS} logs in a row, while rewards differ within groups (a loss of 0 alone "
-    "is no sign of it)",
+    when=f"its norm is 0 in {NO_GRADIENT_LOGS} logs in a row, while rewards differ within at least half of the "
+    "groups, and within one of each generation (a loss of 0 alone is no sign of it)",
     remedy="See that parameters are trained at all (adapters, frozen layers), and that completions that carry an "
     "advantage are not all masked out.",
     explained_by=(
@@ -192,15 +208,30 @@ NO_GRADIENT_GENERATIONS = 2
 )
 def no_gradient(run: Run) -> Found | None:
     values = latest(run, "grad_norm", NO_GRADIENT_LOGS)
-    window = last_window(run, generations=NO_GRADIENT_GENERATIONS)
-    if window is None or not values or any(value != 0 for _, value in values):
+    if not values or any(value != 0 for _, value in values):
         return None
-    if window.total("silent") == window.groups:  # then that is why, and there are rules for it
+    # What was trained on at those steps. Where groups are silent that is why, and there are rules for it.
+    begins = [generation.step for generation in run.generations]
+    trained_on = {bisect.bisect_left(begins, step) - 1 for step, _ in values} - {-1}
+    window = Window([run.generations[place] for place in sorted(trained_on)]) if trained_on else None
+    if window is None or any(found.statistics.silent >= found.statistics.groups for found in window.generations):
+        return None
+    if window.share("silent") > NO_GRADIENT_SILENT:
         return None
     return Found(f"The gradient's norm was 0 in each log from step {values[0][0]} to {values[-1][0]}.", values[0][0])
 
 
-# Entropy, and the distances that the policy has gone.
+# Entropy, and the distances that the policy has gone: they are no trouble where more and more is right.
+LEARNED_RIGHT = 0.05
+LEARNED_GROUPS = 64
+
+
+def _has_learned(run: Run) -> bool:
+    windows = both_windows(run, groups=LEARNED_GROUPS)
+    before, now = (window.mean("right") for window in windows) if windows else (None, None)
+    return before is not None and now is not None and now - before >= LEARNED_RIGHT
+
+
 ENTROPY_RATIO = 0.1
 ENTROPY_RIGHT = 0.5
 ENTROPY_VALUES = 8
@@ -215,8 +246,8 @@ MOST_PASSES = 64
 @rule(
     "entropy-collapse",
     "Entropy has collapsed before anything was learned",
-    when=f"the median of the last {ENTROPY_VALUES} values is below {ENTROPY_RATIO:.0%} of that of the first, and less "
-    f"than {ENTROPY_RIGHT:.0%} of completions are right",
+    when=f"the median of the last {ENTROPY_VALUES} values is below {ENTROPY_RATIO:.0%} of that of the first, less "
+    f"than {ENTROPY_RIGHT:.0%} of completions are right, and these have not become more by {LEARNED_RIGHT:.0%}",
     remedy="Completions of a prompt become all the same: raise temperature or epsilon_high, or lower learning_rate.",
     explained_by=("learning-rate-too-high",),
 )
@@ -226,21 +257,26 @@ def entropy_collapse(run: Run) -> Found | None:
     right = window.mean("right") if window else None
     if not before or not now or window is None or (right is not None and right >= ENTROPY_RIGHT):
         return None
-    if median(now) >= ENTROPY_RATIO * median(before):
+    if median(now) >= ENTROPY_RATIO * median(before) or _has_learned(run):
         return None
     learned = "" if right is None else f", and {right:.0%} of completions are right"
-    return Found(f"Entropy went from {median(before):.3g} to {median(now):.3g} nats a token{learned}.", now[0][0])
+    return Found(
+        f"Entropy went from {median(before):.3g} to {median(now):.3g} nats a token{learned}, with "
+        f"temperature={setting(run, 'temperature')} and learning_rate={setting(run, 'learning_rate')}.",
+        now[0][0],
+    )
 
 
 @rule(
     "kl-to-reference",
     "The policy runs away from the reference",
-    when=f"the median of the last {KL_VALUES} values of `kl` is above {KL_REFERENCE:g} nats a token",
+    when=f"the median of the last {KL_VALUES} values of `kl` is above {KL_REFERENCE:g} nats a token, and right "
+    f"completions have not become more by {LEARNED_RIGHT:.0%}",
     remedy="Lower learning_rate, or raise beta, which holds the policy back.",
 )
 def kl_to_reference(run: Run) -> Found | None:
     values = latest(run, "kl", KL_VALUES)
-    if not values or median(values) <= KL_REFERENCE:
+    if not values or median(values) <= KL_REFERENCE or _has_learned(run):
         return None
     return Found(
         f"It was {median(values):.2g} nats a token over the last {KL_VALUES} values, with beta="
@@ -282,6 +318,47 @@ def _farthest_pass(run: Run, name: str, count: int = PASSES) -> tuple[int, float
     return max(found, key=lambda item: item[1], default=None)
 
 
+# Nothing moves, and nothing gets better: each may be well alone.
+STILL_KL = 1e-5
+STILL_STEPS = 50
+STILL_GROUPS = 96
+STILL_VALUES = 10
+STILL_ERRORS = 2.0
+STILL_SILENT = 0.5
+
+
+@rule(
+    "nothing-changes",
+    "The policy hardly moves, and nothing has become better",
+    when=f"after {STILL_STEPS} steps or more, the median of {STILL_VALUES} values of the last pass's KL (of a single "
+    f"one, of the KL to the reference) is below {STILL_KL:g} nats a token at the beginning and now, and from the "
+    f"first to the last {STILL_GROUPS} groups neither right completions nor the format rise by {STILL_ERRORS:g} "
+    f"standard errors, while most groups have signal and less than {FLAT_RIGHT:.0%} of completions are right",
+    remedy="Raise learning_rate three to ten times: 1e-6 is usual for whole models, 1e-5 for adapters, and more for a "
+    "small model. If the policy moves then and nothing gets better, see what the rewards pay for.",
+    severity=HINT,
+    explained_by=("learning-rate-zero", "learning-rate-small", "no-gradient"),
+)
+def nothing_changes(run: Run) -> Found | None:
+    passes = number_of(run, "num_iterations", 1)
+    name = f"iteration/{passes}/approx_kl" if passes > 1 else "kl"
+    first, last = earliest(run, name, STILL_VALUES), latest(run, name, STILL_VALUES)
+    windows = both_windows(run, groups=STILL_GROUPS)
+    if not first or not last or windows is None or run.last_step < STILL_STEPS:
+        return None
+    if max(median(first), median(last)) > STILL_KL or windows[1].share("silent") > STILL_SILENT:
+        return None
+    right, formatted = (fall(windows, what, WORSE_ALIKE) for what in ("right", "formatted"))
+    if right is None or right[1] >= FLAT_RIGHT or any(f and f[2] <= -STILL_ERRORS for f in (right, formatted)):
+        return None
+    return Found(
+        f"From the first {windows[0].completions} to the last {windows[1].completions} completions right ones went "
+        f"from {right[0]:.0%} to {right[1]:.0%}, and `{name}` is {median(last):.2g} nats a token, with learning_rate="
+        f"{setting(run, 'learning_rate')}.",
+        windows[1].step,
+    )
+
+
 # The clip.
 CLIP_NEVER = 1e-5
 CLIP_NEVER_PASSES = 10
@@ -295,7 +372,7 @@ CLIP_MOST = 0.5
     "the last passes, while the learning rate is at least half of what is set",
     remedy="A higher learning_rate, or more passes, would use the same rollouts better; or save the time with fewer.",
     severity=HINT,
-    explained_by=("learning-rate-zero", "learning-rate-small", "no-gradient"),
+    explained_by=("learning-rate-zero", "learning-rate-small", "no-gradient", "nothing-changes"),
 )
 def clip_never_binds(run: Run) -> Found | None:
     passes = number_of(run, "num_iterations", 1)
@@ -324,7 +401,11 @@ def clip_binds_mostly(run: Run) -> Found | None:
     if found is None or found[1] <= CLIP_MOST:
         return None
     number, value, step = found
-    return Found(f"In pass {number} it bound for {value:.0%} of tokens (median of {PASSES} passes).", step)
+    return Found(
+        f"In pass {number} it bound for {value:.0%} of tokens (median of {PASSES} passes), with learning_rate="
+        f"{setting(run, 'learning_rate')} and num_iterations={setting(run, 'num_iterations')}.",
+        step,
+    )
 
 
 # Who sampled and who is trained.
@@ -387,4 +468,6 @@ def old_rollouts(run: Run) -> Found | None:
     if not said:
         return None
     step = kl[2] if kl is not None else 1
-    return Found(f"Rollouts are used for {steps} optimizer steps, and {' and '.join(said)}.", step)
+    names = ("num_iterations", "steps_per_generation", "gradient_accumulation_steps")
+    schedule = ", ".join(f"{name}={setting(run, name)}" for name in names)
+    return Found(f"Rollouts are used for {steps} optimizer steps ({schedule}), and {' and '.join(said)}.", step)

@@ -1,12 +1,13 @@
 """Is there anything to learn from: completions, references, rewards, groups? Imports no torch."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..findings import HINT, Found, rule
-from ..generations import CORRECTNESS, FORMAT, RewardAbout
+from ..generations import CORRECTNESS, FORMAT, RewardAbout, RewardStatistics
 from ..record import Run
-from ..windows import Window, both_windows, last_window, latest, mean
+from ..windows import LOOK_BACK, Window, both_windows, first_window, last_window, latest, mean
 from .common import joined, quoted, rewards_of_kind, setting, the_last
 
 
@@ -77,6 +78,7 @@ def unscored_references(run: Run) -> Found | None:
 # No completion is ever right.
 NEVER_COMPLETIONS = 192
 NEVER_GENERATIONS = 3
+WRONG_COMPLETIONS = 320  # where the format is there, and hard problems may still be solved at times
 NO_FORMAT = 0.02  # of full marks
 
 
@@ -105,15 +107,16 @@ def no_format(run: Run) -> Found | None:
 @rule(
     "never-right",
     "No completion is ever right",
-    when=f"none of {the_last('completions', NEVER_COMPLETIONS, NEVER_GENERATIONS)} is right, and it is not no-format",
+    when=f"none of {the_last('completions', WRONG_COMPLETIONS, NEVER_GENERATIONS)} is right, nor was any before, and "
+    "it is not no-format",
     remedy="Compare references with extracted answers in the report: a wrong column or another notation never "
     "matches. If they are alike, the problems are too hard for this model: begin with easier ones.",
     explained_by=("truncated-completions", "unscored-references", "learning-rate-too-high"),
 )
 def never_right(run: Run) -> Found | None:
-    window = _never_right_window(run)
+    window = _never_right_window(run, WRONG_COMPLETIONS)
     formatted = window.mean("formatted") if window else None
-    if window is None or (formatted is not None and formatted < NO_FORMAT):
+    if window is None or (formatted is not None and formatted < NO_FORMAT) or _was_ever_right(run):
         return None
     answered = [sample for sample in window.samples if sample.extracted and sample.reference is not None]
     example = ""
@@ -124,19 +127,23 @@ def never_right(run: Run) -> Found | None:
     return Found(f"None of the last {window.completions} completions was right{has_format}{example}.", window.step)
 
 
-def _never_right_window(run: Run) -> Window | None:
-    window = last_window(run, completions=NEVER_COMPLETIONS, generations=NEVER_GENERATIONS)
+def _never_right_window(run: Run, completions: int = NEVER_COMPLETIONS) -> Window | None:
+    window = last_window(run, completions=completions, generations=NEVER_GENERATIONS)
     right = window.mean("right") if window else None
     return window if right == 0 else None
 
 
+def _was_ever_right(run: Run) -> bool:
+    found = (*run.generations[:LOOK_BACK], *run.generations[-LOOK_BACK:])
+    return any((generation.statistics.right or 0) > 0 for generation in found)
+
+
 # Groups whose rewards are all equal have no advantage.
-SILENT_SHARE = 2 / 3
-SILENT_GROUPS = 32
+SILENT_SHARE = 0.75
+SILENT_GROUPS = 48
 SILENT_GENERATIONS = 3
 EASY_GROUPS = 64
 # Groups that are all right are a problem from the start, and later what has been achieved.
-LEARNED_RIGHT = 0.1
 
 
 def _silent_groups(kind: str, groups: int = SILENT_GROUPS) -> Callable[[Run], Found | None]:
@@ -152,7 +159,7 @@ def _silent_groups(kind: str, groups: int = SILENT_GROUPS) -> Callable[[Run], Fo
             return None
         return Found(
             f"In {window.total('silent')} of the last {window.groups} groups all rewards are equal; in {counts[kind]} "
-            f"of them {_SILENT_REASONS[kind]}.",
+            f"of them {_SILENT_REASONS[kind]}, with num_generations={setting(run, 'num_generations')}.",
             window.step,
         )
 
@@ -216,10 +223,37 @@ groups_all_wrong = rule(
     ),
 )(_silent_groups("wrong"))
 
+PAYS_MORE = 0.1
+
+
+def _all_equal(run: Run) -> Found | None:
+    """Where no reward is for correctness, groups that are all equal are also what has been learned."""
+    found = _silent_groups("others")(run)
+    windows = both_windows(run, groups=SILENT_GROUPS, generations=SILENT_GENERATIONS) if found else None
+    return found if windows is None or not any(_pays_more(windows, reward) for reward in run.rewards) else None
+
+
+def _pays_more(windows: tuple[Window, Window], reward: RewardAbout) -> bool:
+    seen = [[f for f in window.of(reward) if f.mean is not None] for window in windows]
+    if reward.weight <= 0 or not all(seen):
+        return False
+    before, now = (sum(f.mean or 0.0 for f in found) / len(found) for found in seen)
+    low, high = _range([f for found in seen for f in found])
+    return now - before >= PAYS_MORE * (high - low) > 0
+
+
+def _range(found: Sequence[RewardStatistics]) -> tuple[float, float]:
+    """The lowest and the highest score, 0 and 0 without any."""
+    lows = [f.low for f in found if f.low is not None]
+    highs = [f.high for f in found if f.high is not None]
+    return min(lows, default=0.0), max(highs, default=0.0)
+
+
 groups_all_equal = rule(
     "groups-all-equal",
     "Most groups teach nothing, for all their rewards are equal",
-    when=_silent_threshold("of another reason"),
+    when=_silent_threshold("of another reason")
+    + f", and no reward pays more by {PAYS_MORE:.0%} of what it can differ by than at the beginning",
     remedy="See whether completions of a prompt are all the same (raise temperature), and whether the rewards can "
     "tell better completions from worse ones.",
     explained_by=(
@@ -230,47 +264,43 @@ groups_all_equal = rule(
         "constant-reward",
         "never-right",
     ),
-)(_silent_groups("others"))
+)(_all_equal)
 
 
 @rule(
     "groups-all-right",
     "Most groups teach nothing, for all completions are right",
-    when=_silent_threshold("all completions are right")
-    + f", and right ones have not become more by {LEARNED_RIGHT:.0%} since the beginning",
+    when=_silent_threshold("all completions are right") + ", and that was so at the beginning",
     remedy="Take harder problems, or leave out those that the model always solves. If it should not solve them, see "
     "whether the reward pays for anything.",
 )
 def groups_all_right(run: Run) -> Found | None:
     found = _silent_groups("right")(run)
-    return found if found is not None and not _has_learned(run) else None
+    return found if found is not None and not _was_harder(run) else None
 
 
 @rule(
     "data-too-easy",
     "The data has become too easy",
-    when=_silent_threshold("all completions are right", EASY_GROUPS)
-    + f", and right ones have become more by {LEARNED_RIGHT:.0%} or more since the beginning",
+    when=_silent_threshold("all completions are right", EASY_GROUPS) + ", and that was not so at the beginning",
     remedy="It has been learned: stop, or go on with harder problems.",
     severity=HINT,
 )
 def data_too_easy(run: Run) -> Found | None:
     found = _silent_groups("right", EASY_GROUPS)(run)
-    return found if found is not None and _has_learned(run) else None
+    return found if found is not None and _was_harder(run) else None
 
 
-def _has_learned(run: Run) -> bool:
-    windows = both_windows(run, groups=SILENT_GROUPS, generations=SILENT_GENERATIONS)
-    if windows is None:
-        return False
-    before, now = (window.mean("right") for window in windows)
-    return before is not None and now is not None and now - before >= LEARNED_RIGHT
+def _was_harder(run: Run) -> bool:
+    first = first_window(run, groups=SILENT_GROUPS, generations=SILENT_GENERATIONS)
+    return first is not None and first.share("silent_right") < SILENT_SHARE / 2
 
 
 # Rewards that are no rewards.
 INFINITE_GENERATIONS = 4
 DEAD_COMPLETIONS = 256
 DEAD_GENERATIONS = 4
+_PENALTIES = re.compile("penal|punish|overlong|repetition", re.IGNORECASE)
 
 
 @rule(
@@ -314,8 +344,8 @@ def reward_without_scores(run: Run) -> Found | None:
 @rule(
     "constant-reward",
     "A reward function gives every completion the same score",
-    when=f"one value, not full marks, for {the_last('completions', DEAD_COMPLETIONS, DEAD_GENERATIONS)}, and the same "
-    "at the beginning",
+    when=f"one value for {the_last('completions', DEAD_COMPLETIONS, DEAD_GENERATIONS)}, and the same at the "
+    "beginning; not full marks, nor 0 of a penalty",
     remedy="A constant cancels within a group and teaches nothing: call the function on a good and a bad completion "
     "by hand, mend it, or leave it out.",
     explained_by=("truncated-completions", "no-format", "groups-all-right"),
@@ -330,7 +360,7 @@ def constant_reward(run: Run) -> Found | None:
     to_come: list[tuple[RewardAbout, str]] = []
     for reward in run.rewards:
         value = _only_value(last, reward)
-        if value is None or value != _only_value(first, reward) or value == reward.full_marks:
+        if value is None or value != _only_value(first, reward) or _is_what_is_wanted(reward, value):
             continue
         if reward.kind == CORRECTNESS and value <= 0:
             continue  # never right has a rule of its own
@@ -341,6 +371,13 @@ def constant_reward(run: Run) -> Found | None:
         return joined(found, first.step)
     only_to_come = joined(to_come, first.step)
     return replace(only_to_come, severity=HINT) if only_to_come else None
+
+
+def _is_what_is_wanted(reward: RewardAbout, value: float) -> bool:
+    """Full marks, of others' format rewards 1; and 0 of what only takes something away, as far as its name says."""
+    if reward.full_marks is None:
+        return (reward.kind == FORMAT and value == 1) or (value == 0 and bool(_PENALTIES.search(reward.name)))
+    return value == reward.full_marks
 
 
 def _only_value(window: Window, reward: RewardAbout) -> float | None:
@@ -355,14 +392,16 @@ DOMINANT_GROUPS = 32
 DOMINANT_GENERATIONS = 4
 DOMINANT_SPREAD = 0.2  # share of groups in which correctness differs
 DOMINANT_RIGHT = 0.9
+DOMINANT_RANGE = 2.0  # times that of correctness: else they make the advantage only until they are learned
 
 
 @rule(
     "dominant-reward",
     "Other rewards drown correctness",
     when=f"other rewards make more than {DOMINANT_SHARE:.0%} of the advantage over "
-    f"{the_last('groups', DOMINANT_GROUPS, DOMINANT_GENERATIONS)}, while correctness differs within at least "
-    f"{DOMINANT_SPREAD:.0%} of groups and less than {DOMINANT_RIGHT:.0%} of completions are right",
+    f"{the_last('groups', DOMINANT_GROUPS, DOMINANT_GENERATIONS)} and differ by more than {DOMINANT_RANGE:g} times "
+    f"what correctness does, while correctness differs within at least {DOMINANT_SPREAD:.0%} of groups and less than "
+    f"{DOMINANT_RIGHT:.0%} of completions are right",
     remedy="Lower the weights of these rewards (reward_weights), or raise that of correctness, until it makes most of "
     "the advantage.",
 )
@@ -380,12 +419,24 @@ def dominant_reward(run: Run) -> Found | None:
         known = [f.advantage_share for f in window.of(reward) if f.advantage_share is not None]
         if reward.kind != CORRECTNESS and known:
             shares[reward.name] = sum(known) / len(known)
-    if sum(shares.values()) <= DOMINANT_SHARE:
+    ranges = {reward.name: _weighted_range(run, window, reward) for reward in run.rewards}
+    of_judges = sum(ranges[reward.name] for reward in judges)
+    of_others = sum(ranges[name] for name in shares)
+    if sum(shares.values()) <= DOMINANT_SHARE or of_others <= DOMINANT_RANGE * of_judges:
         return None
     name = max(shares, key=lambda name: shares[name])
+    weights = {reward.name: f"{reward.weight:g}" for reward in run.rewards}
     return Found(
         f"Over the last {window.groups} groups rewards for other things make {sum(shares.values()):.0%} of the "
-        f"advantage, {name} alone {shares[name]:.0%}, while {right:.0%} of completions are right and correctness "
-        f"differs within {spread:.0%} of groups.",
+        f"advantage, {name} with a weight of {weights[name]} alone {shares[name]:.0%}, while {right:.0%} of "
+        f"completions are right and correctness differs within {spread:.0%} of groups.",
         window.step,
     )
+
+
+def _weighted_range(run: Run, window: Window, reward: RewardAbout) -> float:
+    """By how much a reward function can change the sum, as far as is seen."""
+    if run.settings.get("multi_objective_aggregation") == "normalize_then_sum":
+        return abs(reward.weight)
+    low, high = _range(window.of(reward))
+    return abs(reward.weight) * (high - low)
