@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from canned import assert_same_weights, canned_config, train_canned
+from canned import assert_same_weights, canned_config, canned_prompts, train_canned
 from launch import ENVIRONMENT, ROOT, launcher, run_to_the_end, warm_python
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -21,6 +21,7 @@ from trl_grpo_ext.checkpoints import find_unresumable, whole_checkpoints
 from trl_grpo_ext.cli.launch import end_as
 from trl_grpo_ext.config import GRPOExtConfig
 from trl_grpo_ext.interrupt import SaveOnInterrupt
+from trl_grpo_ext.report.record import read_record
 from trl_grpo_ext.screen import hide_no_news
 from trl_grpo_ext.signals import Interrupted, Signals, command_that_goes_on
 from trl_grpo_ext.trainer import GRPOExtTrainer
@@ -43,6 +44,7 @@ def ended(monkeypatch):
     """The statuses with which the thread would have ended this process."""
     statuses = []
     monkeypatch.setattr(signals.os, "_exit", statuses.append)
+    monkeypatch.setattr(signals, "SECONDS_OF_ECHO", 0.0)
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", signals.LAUNCHER_VARIABLE, "RANK"):
         monkeypatch.delenv(name, raising=False)
     return statuses
@@ -75,8 +77,15 @@ def test_a_deferred_one_waits_and_a_second_one_ends_it(ended, capfd):
     assert "without saving" in said.splitlines()[-1]
 
 
-def test_what_a_launcher_passes_on_is_the_same_signal(ended, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+@pytest.mark.parametrize(
+    ("variables", "seconds"),
+    [({"TORCHELASTIC_RUN_ID": "none"}, "SECONDS_OF_ECHO_WHERE_PASSED_ON"), ({}, "SECONDS_OF_ECHO")],
+)
+def test_what_is_passed_on_is_the_same_signal(ended, monkeypatch, variables, seconds):
+    """By a launcher, and by `timeout`, which sends it twice."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(signals, seconds, 60.0)
     monkeypatch.setattr(signals, "SECONDS_UNTIL_SAID_UNDER_TORCHRUN", 0.0)
     with Signals() as waiting:
         waiting.is_deferred = True
@@ -106,6 +115,15 @@ def test_a_process_that_does_not_end_is_ended(ended, monkeypatch):
         with pytest.raises(Interrupted):
             send(signal.SIGINT)
         wait_until(lambda: ended[:1] == [130])
+
+
+def test_outside_of_training_no_step_is_waited_for(ended):
+    """Where an exception has ended it: else the first signal would be left to a trainer that is gone."""
+    with Signals() as waiting:
+        with waiting:
+            waiting.is_deferred = True
+        with pytest.raises(Interrupted):
+            send(signal.SIGTERM)
 
 
 def test_signals_of_others_are_left_alone(ended, monkeypatch):
@@ -162,6 +180,15 @@ def test_the_command_that_goes_on(words, command):
     assert command_that_goes_on(words) == command
 
 
+def test_the_command_of_a_script_that_starts_ours(monkeypatch):
+    """Its options are this process's own, whatever is in them."""
+    options = ["--run_name", 'it\'s a "run"\tof mine', ""]
+    monkeypatch.setattr(sys, "argv", ["recipes/gsm8k.py", *options])
+    monkeypatch.setenv(signals.COMMAND_VARIABLE, "bash 'my folder/demo.sh'")
+    command = command_that_goes_on(signals.command_line())
+    assert shlex.split(command) == ["bash", "my folder/demo.sh", *options, "--resume_from_checkpoint", "latest"]
+
+
 @pytest.mark.parametrize(
     ("parent", "is_launcher"),
     [
@@ -200,15 +227,16 @@ def test_only_what_is_no_news_is_left_out(caplog):
 
 
 class SendAt(TrainerCallback):
-    """Sends a signal to this process in the middle of a step."""
+    """Sends a signal to this process, by default in the middle of a step."""
 
-    def __init__(self, at_step, number=signal.SIGTERM):
-        self.at_step, self.number = at_step, number
+    def __init__(self, at_step, event="on_substep_end"):
+        self.at_step, self.arguments_of_training = at_step, None
+        setattr(self, event, self.send)
 
-    def on_substep_end(self, args, state, control, **kwargs):
-        if state.global_step == self.at_step:
-            send(self.number)
-            wait_until(lambda: signals.SIGNALS.number is not None)
+    def send(self, args, state, control, **kwargs):
+        if state.global_step == self.at_step and signals.SIGNALS.number is None:
+            self.arguments_of_training = args
+            send(signal.SIGTERM)
 
 
 class Interruptible(GRPOExtTrainer):
@@ -217,7 +245,7 @@ class Interruptible(GRPOExtTrainer):
         self.add_callback(SaveOnInterrupt(self, "go on"))
 
 
-def train(policy, folder, *, at_step=None, resume=None, **options):
+def train(policy, folder, *, sending=None, resume=None, **options):
     options = {
         "num_iterations": 3,
         "steps_per_generation": 4,
@@ -226,17 +254,20 @@ def train(policy, folder, *, at_step=None, resume=None, **options):
         "save_strategy": "no",
         **options,
     }
-    callbacks = [] if at_step is None else [SendAt(at_step)]
+    callbacks = [] if sending is None else [sending]
     config = canned_config(folder, GRPOExtConfig, **options)
-    return train_canned(Interruptible, config, policy, resume=resume, callbacks=callbacks)
+    problems = canned_prompts().select(range(2)) if "eval_strategy" in options else None
+    return train_canned(Interruptible, config, policy, resume=resume, callbacks=callbacks, eval_dataset=problems)
 
 
 @pytest.mark.parametrize("options", [{}, {"save_strategy": "steps", "save_steps": 50, "save_only_model": True}])
 def test_a_run_that_was_interrupted_goes_on_exactly(ended, policy, tmp_path, capfd, options):
     """In the middle of the passes over a batch of rollouts."""
     straight = train(policy, tmp_path / "straight")
+    sending = SendAt(3)
     with pytest.raises(Interrupted) as stopped:
-        train(policy, tmp_path / "out", at_step=3, **options)
+        train(policy, tmp_path / "out", sending=sending, **options)
+    assert sending.arguments_of_training.save_only_model == options.get("save_only_model", False)
     assert stopped.value.code == 143
     assert stopped.value.line.endswith(f"saved in {tmp_path / 'out' / 'checkpoint-4'}; to go on: go on")
     assert stopped.value.line in capfd.readouterr().err
@@ -249,9 +280,27 @@ def test_a_run_that_was_interrupted_goes_on_exactly(ended, policy, tmp_path, cap
     assert ended == []
 
 
+@pytest.mark.parametrize(
+    ("event", "options"),
+    [
+        ("on_evaluate", {"eval_strategy": "steps", "eval_steps": 2}),
+        ("on_save", {"save_strategy": "steps", "save_steps": 2}),
+        ("on_evaluate", {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}),
+    ],
+)
+def test_behind_a_step_no_further_one_is_waited_for(ended, policy, tmp_path, event, options):
+    """While it is evaluated or saved; the last one, too, is saved."""
+    sending = SendAt(2, event)
+    with pytest.raises(Interrupted) as stopped:
+        train(policy, tmp_path, sending=sending, **options)
+    assert f"after step 2, saved in {tmp_path / 'checkpoint-2'};" in stopped.value.line
+    assert find_unresumable(tmp_path / "checkpoint-2") is None
+    assert read_record(tmp_path).end["status"] == ("finished" if options.get("max_steps") == 2 else "stopped")
+
+
 def test_sigterm_is_left_to_transformers(ended, policy, tmp_path):
     """With `enable_jit_checkpoint`, which waits for some seconds first: here the run is over by then."""
-    run = train(policy, tmp_path, at_step=None, enable_jit_checkpoint=True, max_steps=1)
+    run = train(policy, tmp_path, enable_jit_checkpoint=True, max_steps=1)
     assert run.trainer.state.global_step == 1
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
