@@ -18,6 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -286,7 +287,7 @@ def train(trainer: Any, start: Start, max_minutes: float | None = None) -> None:
     if start.checkpoint is None and trainer.accelerator.is_main_process:
         Path(trainer.args.output_dir, SUMMARY_FILE).unlink(missing_ok=True)  # an earlier attempt's
     try:
-        with whole_lines(trainer):
+        with logging_redirect_tqdm(), whole_lines(trainer):
             trainer.train(resume_from_checkpoint=start.checkpoint)
     except (RunError, CheckpointError, ImportError, ValueError) as error:
         stop(1, error)
