@@ -14,6 +14,7 @@ import pytest
 from canned import assert_same_weights, canned_config, canned_prompts, train_canned
 from launch import ENVIRONMENT, ROOT, launcher, run_to_the_end, warm_python
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from trl_grpo_ext import signals
@@ -21,6 +22,7 @@ from trl_grpo_ext.checkpoints import find_unresumable, whole_checkpoints
 from trl_grpo_ext.cli.launch import end_as
 from trl_grpo_ext.config import GRPOExtConfig
 from trl_grpo_ext.interrupt import SaveOnInterrupt
+from trl_grpo_ext.ranks import run_as_rank
 from trl_grpo_ext.report.record import read_record
 from trl_grpo_ext.screen import hide_no_news
 from trl_grpo_ext.signals import Interrupted, Signals, command_that_goes_on
@@ -223,6 +225,19 @@ def test_only_what_is_no_news_is_left_out(caplog):
     assert [record.getMessage() for record in caplog.records if record.name == "DeepSpeed"] == ["Something else."]
 
 
+def test_the_last_line_stands_behind_progress_bars(capfd):
+    """Which end with what has made them."""
+
+    def main():
+        bar = tqdm([1, 2], leave=True)
+        for _ in bar:
+            send(signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as stopped:
+        run_as_rank(main)
+    assert capfd.readouterr().err.splitlines()[-1] == stopped.value.line
+
+
 # Training
 
 
@@ -360,50 +375,58 @@ def interrupt(command, number, *, whole_group):
     return process.returncode, said.decode()
 
 
-def check_that_it_goes_on(said, interrupted, straight):
-    (step,) = whole_checkpoints(interrupted)[0]
+def command_that_is_said(said, folder, command):
+    """Checks what is there behind an interruption, and returns the command that goes on."""
+    (step,) = whole_checkpoints(folder)[0]
     assert 2 <= step < STEPS
+    assert find_unresumable(folder / f"checkpoint-{step}") is None
     last_line = said.rstrip("\n").split("\n")[-1]
-    assert str(interrupted / f"checkpoint-{step}") in last_line
-    assert not (interrupted / "summary.json").exists()
+    assert last_line.startswith("ended by ")
+    assert str(folder / f"checkpoint-{step}") in last_line
+    assert not (folder / "summary.json").exists()
     assert "Evaluating after" not in said
-    command = last_line.partition("to go on: ")[2]
-    resumed = run_to_the_end(shlex.split(command), environment=ENVIRONMENT_WITH_PATH)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert_same_weights(*(load_file(folder / "model.safetensors") for folder in (interrupted, straight)))
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("straight")
-    result = run_to_the_end([*warm_python(), RECIPE, *arguments_of(folder)])
-    assert result.returncode == 0, result.stderr[-3000:]
-    return folder
+    words = shlex.split(last_line.partition("to go on: ")[2])
+    assert words[1:] == [*command[1:], "--resume_from_checkpoint", "latest"]
+    assert Path(words[0]).name == Path(command[0]).name
+    return words
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("command", "number"), [([sys.executable], signal.SIGTERM), (["accelerate", "launch"], signal.SIGINT)]
-)
-def test_the_recipe(straight, tmp_path, command, number):
-    status, said = interrupt([*command, RECIPE, *arguments_of(tmp_path)], number, whole_group=number == signal.SIGINT)
-    if command[0] == "accelerate":
-        assert f'File "{RECIPE}"' not in said  # what there is is the launcher's own
-        assert said.count("Traceback") <= 1
-    else:
-        assert status == 143
-        assert "Traceback" not in said
-    check_that_it_goes_on(said, tmp_path, straight)
+def test_the_recipe(tmp_path):
+    """Exactly: it ends with the weights of a run that was not interrupted."""
+    straight = run_to_the_end([*warm_python(), RECIPE, *arguments_of(tmp_path / "straight")])
+    assert straight.returncode == 0, straight.stderr[-3000:]
+    folder = tmp_path / "it's mine"
+    command = [sys.executable, RECIPE, *arguments_of(folder)]
+    status, said = interrupt(command, signal.SIGTERM, whole_group=False)
+    assert status == 143
+    assert "Traceback" not in said
+    resumed = run_to_the_end(command_that_is_said(said, folder, command), environment=ENVIRONMENT_WITH_PATH)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert_same_weights(*(load_file(path / "model.safetensors") for path in (folder, tmp_path / "straight")))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_recipe_under_accelerate_launch(tmp_path):
+    """As a terminal interrupts it: all its processes."""
+    command = ["accelerate", "launch", RECIPE, *arguments_of(tmp_path)]
+    _, said = interrupt(command, signal.SIGINT, whole_group=True)
+    assert f'File "{RECIPE}"' not in said  # what there is is the launcher's own
+    assert said.count("Traceback") <= 1
+    command_that_is_said(said, tmp_path, command)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_recipe_on_two_processes(tmp_path):
-    """Ctrl-C reaches both ranks, and again through torchrun."""
-    straight = run_to_the_end([*launcher("ddp_cpu.yaml"), RECIPE, *arguments_of(tmp_path / "straight")])
-    assert straight.returncode == 0, straight.stderr[-3000:]
-    command = [*launcher("ddp_cpu.yaml", is_warm=False), RECIPE, *arguments_of(tmp_path / "out")]
-    _, said = interrupt(command, signal.SIGINT, whole_group=True)
-    assert said.count("Traceback") <= 1  # torchrun's
-    check_that_it_goes_on(said, tmp_path / "out", tmp_path / "straight")
+    """Ctrl-C reaches the launcher, and by it both ranks."""
+    options = launcher("ddp_cpu.yaml", is_warm=False)[1:]
+    command = ["trl-grpo-ext", *options, RECIPE, *arguments_of(tmp_path)]
+    status, said = interrupt(command, signal.SIGINT, whole_group=True)
+    assert status == 130
+    assert "Traceback" not in said
+    resumed = run_to_the_end(command_that_is_said(said, tmp_path, command), environment=ENVIRONMENT_WITH_PATH)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert f"{STEPS} optimizer steps" in resumed.stdout

@@ -63,17 +63,18 @@ def launch(make_arguments: Callable[[], Namespace]) -> None:
             send_to_children(error.sigval)  # torchrun forgets those that it was just starting
             sys.exit(128 + error.sigval)
         except ChildFailedError as error:
-            end_as(error.get_first_failure()[1].exitcode, passed_on)
+            rank, failure = error.get_first_failure()
+            end_as(failure.exitcode, passed_on, f"rank {rank}")
         except (OSError, ValueError, ImportError) as error:  # no such configuration, a port that is taken, ...
             stop(2 if isinstance(error, ValueError) else 1, error)
 
 
-def end_as(status: int, passed_on: Collection[int] = ()) -> NoReturn:
+def end_as(status: int, passed_on: Collection[int] = (), process: str = "the training process") -> NoReturn:
     """End as a training process has ended, which has said why, unless it was killed by another signal than these."""
     if status < 0 and -status not in passed_on:
         name = signal.Signals(-status).name
         hint = ", perhaps because the machine has no memory left" if -status == signal.SIGKILL else ""
-        print(f"error: a training process was ended by {name}{hint}", file=sys.stderr)
+        print(f"error: {process} was ended by {name}{hint}", file=sys.stderr)
     sys.exit(128 - status if status < 0 else status)
 
 
