@@ -48,8 +48,9 @@ if TYPE_CHECKING:
 
 SUMMARY_FILE = "summary.json"
 
-# TRL and transformers still use the old name between themselves; there is nothing that a user could change.
+# TRL, transformers and DeepSpeed still use old names between themselves; there is nothing that a user could change.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
+warnings.filterwarnings("ignore", message="`torch.distributed.all_gather_into_tensor` is", category=FutureWarning)
 
 
 class CompactProgress(ProgressCallback):
