@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launch import launcher, run_to_the_end, warm_python
 
-from trl_grpo_ext.cli import launch
+from trl_grpo_ext.cli import launch, main
 
 
 # A script of a user, without torch, so that it is there at once. It says what it is called with, and ends as its first
@@ -127,6 +127,14 @@ def test_an_ignored_signal_stays_so(run, script):
 def test_before_there_is_a_script_a_signal_ends_the_launcher(monkeypatch, run):
     monkeypatch.setattr(launch, "parse", lambda words: os.kill(os.getpid(), signal.SIGTERM))
     assert run("script.py") == (143, "", [])
+
+
+def test_ctrl_c_ends_any_subcommand_with_one_line(monkeypatch, capfd):
+    monkeypatch.setattr(launch, "main", lambda words: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as ended:
+        main(["launch"])
+    assert ended.value.code == 130
+    assert "Ctrl-C" in capfd.readouterr().err
 
 
 @pytest.mark.slow

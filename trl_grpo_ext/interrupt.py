@@ -11,7 +11,7 @@ from .signals import SIGNALS, name_of
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """On Ctrl-C or SIGTERM, saves a checkpoint behind the running optimizer step, and ends the process.
+    """On Ctrl-C or SIGTERM, saves a checkpoint behind the running optimizer step or evaluation, and ends the process.
 
     All processes save and end together, whichever of them got the signal. `save_strategy="no"` saves too. What comes
     behind training is left out, and a line says how to go on; the exit status is 130, or 143 for SIGTERM. A second
