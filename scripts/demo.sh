@@ -5,6 +5,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 use_environment report
 cd "$ROOT"
 # `accelerate launch recipes/gsm8k.py`, which leaves first and last words to the recipe; after Ctrl-C this script goes on
+printf -v TRL_GRPO_EXT_COMMAND 'bash %q' "$0"
 export TRL_GRPO_EXT_COMMAND
-TRL_GRPO_EXT_COMMAND="bash$(printf ' %q' "$0" "$@")"
 exec trl-grpo-ext launch recipes/gsm8k.py "$@"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -11,9 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from canned import assert_same_weights, canned_config, train_canned
+from canned import assert_same_weights, canned_config, canned_prompts, train_canned
 from launch import ENVIRONMENT, ROOT, launcher, run_to_the_end, warm_python
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from trl_grpo_ext import signals
@@ -21,6 +23,8 @@ from trl_grpo_ext.checkpoints import find_unresumable, whole_checkpoints
 from trl_grpo_ext.cli.launch import end_as
 from trl_grpo_ext.config import GRPOExtConfig
 from trl_grpo_ext.interrupt import SaveOnInterrupt
+from trl_grpo_ext.ranks import run_as_rank
+from trl_grpo_ext.report.record import read_record
 from trl_grpo_ext.screen import hide_no_news
 from trl_grpo_ext.signals import Interrupted, Signals, command_that_goes_on
 from trl_grpo_ext.trainer import GRPOExtTrainer
@@ -43,6 +47,7 @@ def ended(monkeypatch):
     """The statuses with which the thread would have ended this process."""
     statuses = []
     monkeypatch.setattr(signals.os, "_exit", statuses.append)
+    monkeypatch.setattr(signals, "SECONDS_OF_ECHO", 0.0)
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", signals.LAUNCHER_VARIABLE, "RANK"):
         monkeypatch.delenv(name, raising=False)
     return statuses
@@ -75,8 +80,15 @@ def test_a_deferred_one_waits_and_a_second_one_ends_it(ended, capfd):
     assert "without saving" in said.splitlines()[-1]
 
 
-def test_what_a_launcher_passes_on_is_the_same_signal(ended, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+@pytest.mark.parametrize(
+    ("variables", "seconds"),
+    [({"TORCHELASTIC_RUN_ID": "none"}, "SECONDS_OF_ECHO_WHERE_PASSED_ON"), ({}, "SECONDS_OF_ECHO")],
+)
+def test_what_is_passed_on_is_the_same_signal(ended, monkeypatch, variables, seconds):
+    """By a launcher, and by `timeout`, which sends it twice."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(signals, seconds, 60.0)
     monkeypatch.setattr(signals, "SECONDS_UNTIL_SAID_UNDER_TORCHRUN", 0.0)
     with Signals() as waiting:
         waiting.is_deferred = True
@@ -106,6 +118,15 @@ def test_a_process_that_does_not_end_is_ended(ended, monkeypatch):
         with pytest.raises(Interrupted):
             send(signal.SIGINT)
         wait_until(lambda: ended[:1] == [130])
+
+
+def test_outside_of_training_no_step_is_waited_for(ended):
+    """Where an exception has ended it: else the first signal would be left to a trainer that is gone."""
+    with Signals() as waiting:
+        with waiting:
+            waiting.is_deferred = True
+        with pytest.raises(Interrupted):
+            send(signal.SIGTERM)
 
 
 def test_signals_of_others_are_left_alone(ended, monkeypatch):
@@ -162,6 +183,15 @@ def test_the_command_that_goes_on(words, command):
     assert command_that_goes_on(words) == command
 
 
+def test_the_command_of_a_script_that_starts_ours(monkeypatch):
+    """Its options are this process's own, whatever is in them."""
+    options = ["--run_name", 'it\'s a "run"\tof mine', ""]
+    monkeypatch.setattr(sys, "argv", ["recipes/gsm8k.py", *options])
+    monkeypatch.setenv(signals.COMMAND_VARIABLE, "bash 'my folder/demo.sh'")
+    command = command_that_goes_on(signals.command_line())
+    assert shlex.split(command) == ["bash", "my folder/demo.sh", *options, "--resume_from_checkpoint", "latest"]
+
+
 @pytest.mark.parametrize(
     ("parent", "is_launcher"),
     [
@@ -196,19 +226,33 @@ def test_only_what_is_no_news_is_left_out(caplog):
     assert [record.getMessage() for record in caplog.records if record.name == "DeepSpeed"] == ["Something else."]
 
 
+def test_the_last_line_stands_behind_progress_bars(capfd):
+    """Which end with what has made them."""
+
+    def main():
+        bar = tqdm([1, 2], leave=True)
+        for _ in bar:
+            send(signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as stopped:
+        run_as_rank(main)
+    assert capfd.readouterr().err.splitlines()[-1] == stopped.value.line
+
+
 # Training
 
 
 class SendAt(TrainerCallback):
-    """Sends a signal to this process in the middle of a step."""
+    """Sends a signal to this process, by default in the middle of a step."""
 
-    def __init__(self, at_step, number=signal.SIGTERM):
-        self.at_step, self.number = at_step, number
+    def __init__(self, at_step, event="on_substep_end"):
+        self.at_step, self.arguments_of_training = at_step, None
+        setattr(self, event, self.send)
 
-    def on_substep_end(self, args, state, control, **kwargs):
-        if state.global_step == self.at_step:
-            send(self.number)
-            wait_until(lambda: signals.SIGNALS.number is not None)
+    def send(self, args, state, control, **kwargs):
+        if state.global_step == self.at_step and signals.SIGNALS.number is None:
+            self.arguments_of_training = args
+            send(signal.SIGTERM)
 
 
 class Interruptible(GRPOExtTrainer):
@@ -217,7 +261,7 @@ class Interruptible(GRPOExtTrainer):
         self.add_callback(SaveOnInterrupt(self, "go on"))
 
 
-def train(policy, folder, *, at_step=None, resume=None, **options):
+def train(policy, folder, *, sending=None, resume=None, **options):
     options = {
         "num_iterations": 3,
         "steps_per_generation": 4,
@@ -226,17 +270,20 @@ def train(policy, folder, *, at_step=None, resume=None, **options):
         "save_strategy": "no",
         **options,
     }
-    callbacks = [] if at_step is None else [SendAt(at_step)]
+    callbacks = [] if sending is None else [sending]
     config = canned_config(folder, GRPOExtConfig, **options)
-    return train_canned(Interruptible, config, policy, resume=resume, callbacks=callbacks)
+    problems = canned_prompts().select(range(2)) if "eval_strategy" in options else None
+    return train_canned(Interruptible, config, policy, resume=resume, callbacks=callbacks, eval_dataset=problems)
 
 
 @pytest.mark.parametrize("options", [{}, {"save_strategy": "steps", "save_steps": 50, "save_only_model": True}])
 def test_a_run_that_was_interrupted_goes_on_exactly(ended, policy, tmp_path, capfd, options):
     """In the middle of the passes over a batch of rollouts."""
     straight = train(policy, tmp_path / "straight")
+    sending = SendAt(3)
     with pytest.raises(Interrupted) as stopped:
-        train(policy, tmp_path / "out", at_step=3, **options)
+        train(policy, tmp_path / "out", sending=sending, **options)
+    assert sending.arguments_of_training.save_only_model == options.get("save_only_model", False)
     assert stopped.value.code == 143
     assert stopped.value.line.endswith(f"saved in {tmp_path / 'out' / 'checkpoint-4'}; to go on: go on")
     assert stopped.value.line in capfd.readouterr().err
@@ -249,9 +296,27 @@ def test_a_run_that_was_interrupted_goes_on_exactly(ended, policy, tmp_path, cap
     assert ended == []
 
 
+@pytest.mark.parametrize(
+    ("event", "options"),
+    [
+        ("on_evaluate", {"eval_strategy": "steps", "eval_steps": 2}),
+        ("on_save", {"save_strategy": "steps", "save_steps": 2}),
+        ("on_evaluate", {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}),
+    ],
+)
+def test_behind_a_step_no_further_one_is_waited_for(ended, policy, tmp_path, event, options):
+    """While it is evaluated or saved; the last one, too, is saved."""
+    sending = SendAt(2, event)
+    with pytest.raises(Interrupted) as stopped:
+        train(policy, tmp_path, sending=sending, **options)
+    assert f"after step 2, saved in {tmp_path / 'checkpoint-2'};" in stopped.value.line
+    assert find_unresumable(tmp_path / "checkpoint-2") is None
+    assert read_record(tmp_path).end["status"] == ("finished" if options.get("max_steps") == 2 else "stopped")
+
+
 def test_sigterm_is_left_to_transformers(ended, policy, tmp_path):
     """With `enable_jit_checkpoint`, which waits for some seconds first: here the run is over by then."""
-    run = train(policy, tmp_path, at_step=None, enable_jit_checkpoint=True, max_steps=1)
+    run = train(policy, tmp_path, enable_jit_checkpoint=True, max_steps=1)
     assert run.trainer.state.global_step == 1
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -279,7 +344,7 @@ def arguments_of(output_dir):
 
 
 def interrupt(command, number, *, whole_group):
-    """Start a command, send it a signal in its third step, and wait for all its processes.
+    """Start a command, send it a signal in one of its middle steps, and wait for all its processes.
 
     Returns:
         `tuple[int, str]`:
@@ -295,7 +360,7 @@ def interrupt(command, number, *, whole_group):
     )
     said = b""
     try:
-        while f" 2/{STEPS} ".encode() not in said:
+        while not re.search(rb" [2-6]/9 ", said):  # the bar does not show each step
             part = os.read(process.stderr.fileno(), 65536)
             assert part, said.decode()
             said += part
@@ -311,50 +376,58 @@ def interrupt(command, number, *, whole_group):
     return process.returncode, said.decode()
 
 
-def check_that_it_goes_on(said, interrupted, straight):
-    (step,) = whole_checkpoints(interrupted)[0]
+def command_that_is_said(said, folder, command):
+    """Checks what is there behind an interruption, and returns the command that goes on."""
+    (step,) = whole_checkpoints(folder)[0]
     assert 2 <= step < STEPS
+    assert find_unresumable(folder / f"checkpoint-{step}") is None
     last_line = said.rstrip("\n").split("\n")[-1]
-    assert str(interrupted / f"checkpoint-{step}") in last_line
-    assert not (interrupted / "summary.json").exists()
+    assert last_line.startswith("ended by ")
+    assert str(folder / f"checkpoint-{step}") in last_line
+    assert not (folder / "summary.json").exists()
     assert "Evaluating after" not in said
-    command = last_line.partition("to go on: ")[2]
-    resumed = run_to_the_end(shlex.split(command), environment=ENVIRONMENT_WITH_PATH)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert_same_weights(*(load_file(folder / "model.safetensors") for folder in (interrupted, straight)))
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("straight")
-    result = run_to_the_end([*warm_python(), RECIPE, *arguments_of(folder)])
-    assert result.returncode == 0, result.stderr[-3000:]
-    return folder
+    words = shlex.split(last_line.partition("to go on: ")[2])
+    assert words[1:] == [*command[1:], "--resume_from_checkpoint", "latest"]
+    assert Path(words[0]).name == Path(command[0]).name
+    return words
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("command", "number"), [([sys.executable], signal.SIGTERM), (["accelerate", "launch"], signal.SIGINT)]
-)
-def test_the_recipe(straight, tmp_path, command, number):
-    status, said = interrupt([*command, RECIPE, *arguments_of(tmp_path)], number, whole_group=number == signal.SIGINT)
-    if command[0] == "accelerate":
-        assert f'File "{RECIPE}"' not in said  # what there is is the launcher's own
-        assert said.count("Traceback") <= 1
-    else:
-        assert status == 143
-        assert "Traceback" not in said
-    check_that_it_goes_on(said, tmp_path, straight)
+def test_the_recipe(tmp_path):
+    """Exactly: it ends with the weights of a run that was not interrupted."""
+    straight = run_to_the_end([*warm_python(), RECIPE, *arguments_of(tmp_path / "straight")])
+    assert straight.returncode == 0, straight.stderr[-3000:]
+    folder = tmp_path / "it's mine"
+    command = [sys.executable, RECIPE, *arguments_of(folder)]
+    status, said = interrupt(command, signal.SIGTERM, whole_group=False)
+    assert status == 143
+    assert "Traceback" not in said
+    resumed = run_to_the_end(command_that_is_said(said, folder, command), environment=ENVIRONMENT_WITH_PATH)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert_same_weights(*(load_file(path / "model.safetensors") for path in (folder, tmp_path / "straight")))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_recipe_under_accelerate_launch(tmp_path):
+    """As a terminal interrupts it: all its processes."""
+    command = ["accelerate", "launch", RECIPE, *arguments_of(tmp_path)]
+    _, said = interrupt(command, signal.SIGINT, whole_group=True)
+    assert f'File "{RECIPE}"' not in said  # what there is is the launcher's own
+    assert said.count("Traceback") <= 1
+    command_that_is_said(said, tmp_path, command)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_recipe_on_two_processes(tmp_path):
-    """Ctrl-C reaches both ranks, and again through torchrun."""
-    straight = run_to_the_end([*launcher("ddp_cpu.yaml"), RECIPE, *arguments_of(tmp_path / "straight")])
-    assert straight.returncode == 0, straight.stderr[-3000:]
-    command = [*launcher("ddp_cpu.yaml", is_warm=False), RECIPE, *arguments_of(tmp_path / "out")]
-    _, said = interrupt(command, signal.SIGINT, whole_group=True)
-    assert said.count("Traceback") <= 1  # torchrun's
-    check_that_it_goes_on(said, tmp_path / "out", tmp_path / "straight")
+    """Ctrl-C reaches the launcher, and by it both ranks."""
+    options = launcher("ddp_cpu.yaml", is_warm=False)[1:]
+    command = ["trl-grpo-ext", *options, RECIPE, *arguments_of(tmp_path)]
+    status, said = interrupt(command, signal.SIGINT, whole_group=True)
+    assert status == 130
+    assert "Traceback" not in said
+    resumed = run_to_the_end(command_that_is_said(said, tmp_path, command), environment=ENVIRONMENT_WITH_PATH)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert f"{STEPS} optimizer steps" in resumed.stdout

@@ -11,7 +11,7 @@ from .signals import SIGNALS, name_of
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """On Ctrl-C or SIGTERM, saves a checkpoint behind the running optimizer step, and ends the process.
+    """On Ctrl-C or SIGTERM, saves a checkpoint behind the running optimizer step or evaluation, and ends the process.
 
     All processes save and end together, whichever of them got the signal. `save_strategy="no"` saves too. What comes
     behind training is left out, and a line says how to go on; the exit status is 130, or 143 for SIGTERM. A second
@@ -38,10 +38,11 @@ class SaveOnInterrupt(TrainerCallback):
         self.trainer, self.command = trainer, command
         self.has_interrupted = False
         self._checkpoint: str | None = None
-        self._is_within = False
+        self._is_within, self._save_only_model = False, False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.has_interrupted, self._checkpoint = False, None
+        self._save_only_model = args.save_only_model
         if not self._is_within:
             SIGNALS.__enter__()
             self._is_within = True
@@ -51,36 +52,57 @@ class SaveOnInterrupt(TrainerCallback):
         SIGNALS.is_deferred = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        # a small collective call in each step: whoever got no signal must save with the others
-        if is_so_anywhere(self.trainer.accelerator, SIGNALS.number is not None):
-            SIGNALS.doing = f"saving step {state.global_step}"
-            self.has_interrupted = True
-            args.save_only_model = False  # nobody could go on from that
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-        elif control.should_training_stop and not (control.should_save or control.should_evaluate):
+        if self._is_interrupted():
+            self._save_and_stop(args, state, control)
+        elif control.should_evaluate:
+            SIGNALS.doing = f"the evaluation behind step {state.global_step}"
+        elif control.should_training_stop and not control.should_save:
+            self._leave_the_last_step()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if not SIGNALS.is_deferred or self.has_interrupted or args.save_strategy == "best":
+            return  # it is not training that asks for it; it is the second set of problems; what is saved is not known
+        if self._is_interrupted():
+            self._save_and_stop(args, state, control)
+        elif control.should_training_stop and not control.should_save:
             self._leave_the_last_step()
 
     def on_save(self, args, state, control, **kwargs):
         self._checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         SIGNALS.goes_on = f"the last checkpoint is {self._checkpoint}; to go on: {self._way_to_go_on()}"
-        if control.should_training_stop and not self.has_interrupted:
+        if self.has_interrupted or not SIGNALS.is_deferred:
+            return
+        if control.should_training_stop:
             self._leave_the_last_step()
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        if control.should_training_stop and not (control.should_save or self.has_interrupted):
-            self._leave_the_last_step()
+        elif not args.save_only_model and self._is_interrupted():  # while it was saved: that will do
+            self.has_interrupted = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._leave()
-        if self.has_interrupted:
-            self.trainer.accelerator.wait_for_everyone()  # who is gone early can leave another one waiting
-            number = SIGNALS.number or signal.SIGTERM
-            SIGNALS.end(
-                number,
-                f"ended by {name_of(number)} after step {state.global_step}, saved in {self._checkpoint}; "
-                f"to go on: {self._way_to_go_on()}",
-            )
+        args.save_only_model = self._save_only_model
+        try:
+            if SIGNALS.is_deferred and not self.has_interrupted:
+                self._leave_the_last_step()
+            if self.has_interrupted:
+                self.trainer.accelerator.wait_for_everyone()  # who is gone early can leave another one waiting
+                number = SIGNALS.number or signal.SIGTERM
+                SIGNALS.end(
+                    number,
+                    f"ended by {name_of(number)} after step {state.global_step}, saved in {self._checkpoint}; "
+                    f"to go on: {self._way_to_go_on()}",
+                )
+        finally:
+            self._is_within = False
+            SIGNALS.__exit__()
+
+    def _is_interrupted(self) -> bool:
+        """Whether a signal has come to any process: whoever got none must save with the others. All call it."""
+        return is_so_anywhere(self.trainer.accelerator, SIGNALS.number is not None)
+
+    def _save_and_stop(self, args: Any, state: Any, control: Any) -> None:
+        SIGNALS.doing = f"saving step {state.global_step}"
+        self.has_interrupted = control.should_save = control.should_training_stop = True
+        control.should_evaluate = False
+        args.save_only_model = False  # nobody could go on from that
 
     def _way_to_go_on(self) -> str:
         return self.command or f"trainer.train(resume_from_checkpoint={self._checkpoint!r})"
@@ -88,14 +110,8 @@ class SaveOnInterrupt(TrainerCallback):
     def _leave_the_last_step(self) -> None:
         """From here on nothing is lost that is not lost anyway: a signal ends the process at once."""
         SIGNALS.is_deferred = False
-        if SIGNALS.number is not None:
-            SIGNALS.end(SIGNALS.number)
-
-    def _leave(self) -> None:
-        SIGNALS.is_deferred = False
-        if self._is_within:
-            self._is_within = False
-            SIGNALS.__exit__()
+        if self._is_interrupted():
+            SIGNALS.end(SIGNALS.number or signal.SIGTERM)
 
 
 def has_interrupted(trainer: Any) -> bool:

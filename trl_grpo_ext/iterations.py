@@ -585,7 +585,11 @@ class MultiIterationMixin(OrderedMixin):
         has_no_loss = self._surrogate() == "clipped" and not compat.corrects_sampling(self)
         if metrics.get("iteration/1/clip_ratio") == 0.0 and has_no_loss and not self._has_explained_zeros:
             self._has_explained_zeros = True
-            logger.warning(
+            self._explain_zeros()
+
+    def _explain_zeros(self) -> None:
+        if self.accelerator.is_main_process:
+            logger.logger.warning(  # not accelerate's, which says of everything that it is said by rank 0
                 "On the first pass over a batch of rollouts clip_ratio is 0, and the loss without a KL term near 0. "
                 "That is right: the policy still is the one that sampled, every ratio is 1, and advantages are 0 on "
                 "average; the gradient is not 0."

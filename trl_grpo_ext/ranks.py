@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers import TrainerCallback
 
 from .exits import Stop, one_line, stop
-from .signals import LAUNCHER_VARIABLE, SIGNALS, Interrupted, say
+from .signals import LAUNCHER_VARIABLE, SIGNALS, Interrupted, is_first_rank, say
 from .trackers import finish_trackers
 
 
@@ -69,22 +69,22 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
     launcher = os.getppid()
     is_done = threading.Event()
     is_one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    SIGNALS.is_said_later = True  # when no progress bar stands there any more
     if is_one_of_several or _is_launched():
         threading.Thread(target=_end_with_launcher, args=(launcher, is_done, is_one_of_several), daemon=True).start()
     if not is_one_of_several:
-        SIGNALS.is_said_later = _is_launched()  # once, and not before the launcher's own report
         try:
             with SIGNALS:
                 main(*arguments)
         except SystemExit as stopped:
-            is_repeated = _repeat_after(launcher, _line_of(stopped))
-            if isinstance(stopped, Interrupted) and not stopped.is_said and not is_repeated:
-                say(stopped.line)
+            if not _repeat_after(launcher, _line_of(stopped)):  # said once, behind what the launcher says
+                _say_of_interruption(stopped)
             raise
         except Exception as error:
             _repeat_after(launcher, f"error: {type(error).__name__}: {one_line(error)}")
             raise
         finally:
+            SIGNALS.is_said_later = False
             is_done.set()
         return
     error_handler = get_error_handler()
@@ -96,6 +96,7 @@ def run_as_rank(main: Callable[..., Any], *arguments: Any) -> None:
     except SystemExit as stopped:
         if isinstance(stopped.code, str):
             print(stopped.code, file=sys.stderr)
+        _say_of_interruption(stopped)
         last_words = _line_of(stopped)
         status = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     except BaseException as error:
@@ -175,6 +176,12 @@ def _line_of(stopped: SystemExit) -> str | None:
     if isinstance(stopped, Stop):
         return stopped.line
     return stopped.code if isinstance(stopped.code, str) else None
+
+
+def _say_of_interruption(stopped: SystemExit) -> None:
+    if isinstance(stopped, Interrupted) and not stopped.is_said and is_first_rank():
+        traceback.clear_frames(stopped.__traceback__)  # so that bars of theirs end
+        say(stopped.line)
 
 
 def _is_first_to_fail() -> bool:

@@ -11,7 +11,8 @@ _NO_NEWS = {
     "DeepSpeed": ("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.",),
     "accelerate.commands.launch": ("The following values were not passed to `accelerate launch`",),
     "torch.distributed.elastic.agent.server.api": ("Received ",),  # a signal, and passes it on
-    "torch.distributed.elastic.multiprocessing.api": ("Sending process",),
+    # which process has failed: it has said why itself, or the launcher names it
+    "torch.distributed.elastic.multiprocessing.api": ("Sending process", "failed (exitcode: "),
 }
 
 

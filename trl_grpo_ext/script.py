@@ -18,6 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -47,8 +48,9 @@ if TYPE_CHECKING:
 
 SUMMARY_FILE = "summary.json"
 
-# TRL and transformers still use the old name between themselves; there is nothing that a user could change.
+# TRL, transformers and DeepSpeed still use old names between themselves; there is nothing that a user could change.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
+warnings.filterwarnings("ignore", message="`torch.distributed.all_gather_into_tensor` is", category=FutureWarning)
 
 
 class CompactProgress(ProgressCallback):
@@ -286,9 +288,21 @@ def train(trainer: Any, start: Start, max_minutes: float | None = None) -> None:
     if start.checkpoint is None and trainer.accelerator.is_main_process:
         Path(trainer.args.output_dir, SUMMARY_FILE).unlink(missing_ok=True)  # an earlier attempt's
     try:
-        trainer.train(resume_from_checkpoint=start.checkpoint)
+        with logging_redirect_tqdm(), whole_lines(trainer):
+            trainer.train(resume_from_checkpoint=start.checkpoint)
     except (RunError, CheckpointError, ImportError, ValueError) as error:
         stop(1, error)
+
+
+@contextmanager
+def whole_lines(trainer: Any) -> Iterator[None]:
+    """Ends the training bar where an exception ends training: the line that says so is to stand alone, and last."""
+    try:
+        yield
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.close()
 
 
 def save(trainer: Any) -> None:
@@ -349,11 +363,11 @@ def print_summary(
         titles (`Mapping[str, str]`, *optional*):
             What the sets of problems are called.
     """
-    print(f"{summary['model']} on {summary['dataset']}")
     for name in after or before or {}:
         columns = {when: sets[name] for when, sets in (("before", before), ("after", after)) if sets is not None}
         items = next(iter(columns.values())).items
-        show(partial(table_of, columns, title=f"{(titles or {}).get(name, name)}, {items} items, in %", is_short=True))
+        print(f"\n{(titles or {}).get(name, name)}, {items} items, in %")
+        show(partial(table_of, columns, is_short=True))
     print(
         f"{summary['optimizer_steps']} optimizer steps, {summary['seconds']:.0f} s; "
         f"summary and model are in {summary['output_dir']}"

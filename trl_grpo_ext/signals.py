@@ -27,11 +27,12 @@ HANDLED = (signal.SIGINT, signal.SIGTERM)
 SECONDS_UNTIL_SAID = 30.0
 # torchrun gives its processes 30 s from the signal that it got itself, so what is said then is not read any more.
 SECONDS_UNTIL_SAID_UNDER_TORCHRUN = 25.0
-# Within them a signal is the same one again: torchrun and Slurm pass on what the terminal has sent to all.
-SECONDS_OF_ECHO = 3.0
+# Within them a signal is the same one again: `timeout` sends it to its command and to the group of that, torchrun and
+# Slurm pass on what the terminal has sent to all.
+SECONDS_OF_ECHO, SECONDS_OF_ECHO_WHERE_PASSED_ON = 0.3, 3.0
 # For a process to end that has nothing to save.
 SECONDS_TO_END = 60.0
-# What a script like `scripts/demo.sh`, which starts ours, is called with.
+# What is typed before a script's options, where that is neither the script nor a launcher: `bash scripts/demo.sh`.
 COMMAND_VARIABLE = "TRL_GRPO_EXT_COMMAND"
 # Set by a launcher of ours, which passes signals on, and says nothing of its own behind its processes' last words.
 LAUNCHER_VARIABLE = "TRL_GRPO_EXT_LAUNCHER"
@@ -88,6 +89,7 @@ class Signals:
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
+        self.is_deferred = False  # whoever has left it so by an exception asks no more
         if self._depth == 0 and self.is_on:
             self._end()
 
@@ -111,12 +113,7 @@ class Signals:
         self._thread.start()
 
     def _end(self) -> None:
-        for number, handler in self._previous.items():
-            if signal.getsignal(number) == self._handle:
-                signal.signal(number, handler)
-        self._previous = {}
-        if self._is_woken:
-            signal.set_wakeup_fd(-1)
+        self._restore()
         self._writing.send(bytes(1))
         self._thread.join()
         self._reading.close()
@@ -125,12 +122,16 @@ class Signals:
     def forget_in_child(self) -> None:
         """In a process that was forked, signals are as they were: the socket is the parent's."""
         if self.is_on:
-            if self._is_woken:
-                signal.set_wakeup_fd(-1)
-            for number, handler in self._previous.items():
-                if signal.getsignal(number) == self._handle:
-                    signal.signal(number, handler)
-            self._previous, self._depth = {}, 0
+            self._restore()
+            self._depth = 0
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            if signal.getsignal(number) == self._handle:
+                signal.signal(number, handler)
+        self._previous = {}
+        if self._is_woken:
+            signal.set_wakeup_fd(-1)
 
     def request(self, number: int) -> None:
         """As if a signal had come."""
@@ -142,6 +143,7 @@ class Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._is_woken:
             self.request(number)
+        self.number = self.number or number  # whoever asks next must not be quicker than the thread
         if not self.is_deferred and not self._is_ending:
             self.end(number)
 
@@ -156,19 +158,23 @@ class Signals:
     # In a thread of its own
 
     def _watch(self) -> None:
-        came_at, has_said = 0.0, False
+        came_at: float | None = None
+        has_said = False
         of_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         is_passed_on = of_torchrun or "SLURM_JOB_ID" in os.environ or LAUNCHER_VARIABLE in os.environ
-        echo_s = SECONDS_OF_ECHO if is_passed_on else 0.0
+        echo_s = SECONDS_OF_ECHO_WHERE_PASSED_ON if is_passed_on else SECONDS_OF_ECHO
         until_said_s = SECONDS_UNTIL_SAID_UNDER_TORCHRUN if of_torchrun else SECONDS_UNTIL_SAID
         while True:
             wait_s = None
-            if self.number is not None and not has_said:
+            if came_at is not None and not has_said:
                 limit_s = until_said_s if self.is_deferred else SECONDS_TO_END
                 wait_s = max(0.0, came_at + limit_s - monotonic())
             if not select.select([self._reading], [], [], wait_s)[0]:
                 assert self.number is not None
+                assert came_at is not None
                 if not self.is_deferred:
+                    if not self._is_ending and is_first_rank():  # the main thread has not come to it
+                        say(f"\nended by {name_of(self.number)}: {self.goes_on}")
                     os._exit(128 + self.number)
                 has_said = True
                 self._say_that_it_takes_long(monotonic() - came_at, of_torchrun)
@@ -178,8 +184,8 @@ class Signals:
                 return
             if number not in self._previous or signal.getsignal(number) != self._handle:
                 continue  # another signal, or one that somebody else handles by now
-            if self.number is None:
-                came_at, self.number = monotonic(), number
+            if came_at is None:
+                came_at, self.number = monotonic(), self.number or number
                 if self.is_deferred and is_first_rank():
                     say(f"\n{name_of(number)}: ends when {self.doing} is done and saved. {_at_once()}")
             elif monotonic() - came_at >= echo_s:
@@ -232,7 +238,7 @@ def _is_interactive() -> bool:
 def command_line() -> list[str]:
     """What a user has typed to start this process, with the launcher's part where there is one."""
     if COMMAND_VARIABLE in os.environ:
-        return shlex.split(os.environ[COMMAND_VARIABLE])
+        return [*shlex.split(os.environ[COMMAND_VARIABLE]), *sys.argv[1:]]
     launcher = _words_of(f"/proc/{os.getppid()}/cmdline")
     return _as_typed(launcher if _is_launcher(launcher) else sys.orig_argv)
 

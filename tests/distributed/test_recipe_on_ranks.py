@@ -23,6 +23,7 @@ def run(command, output_dir, **options):
     # progress and results come from one process
     assert result.stdout.count("new numbers, known templates") == 1
     assert result.stderr.count("Evaluating before (heldout):   0%") == 1
+    assert "find_unused_parameters" not in result.stderr
     return json.loads((output_dir / "summary.json").read_text())
 
 

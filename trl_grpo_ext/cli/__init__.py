@@ -51,4 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
 
         hint = suggestion(name, SUBCOMMANDS) or f": the subcommands are {', '.join(SUBCOMMANDS)}"
         stop(2, f"there is no subcommand {name!r}{hint}")
-    import_module(f"{__name__}.{name}").main(rest)
+    try:
+        import_module(f"{__name__}.{name}").main(rest)
+    except KeyboardInterrupt:
+        print("\nended by Ctrl-C", file=sys.stderr)
+        sys.exit(130)

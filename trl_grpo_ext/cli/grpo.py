@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
 
         run_as_rank(train, arguments)
         return
-    launch(split_arguments(arguments))
+    launch(lambda: split_arguments(arguments))
 
 
 def is_launched() -> bool:

@@ -6,8 +6,8 @@ import subprocess
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from ..exits import stop
@@ -30,59 +30,89 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return
+    launch(lambda: parse(arguments))
+
+
+def parse(arguments: list[str]) -> Namespace:
     from accelerate.commands.launch import launch_command_parser
 
     parser = launch_command_parser()
     parser.error = lambda message: stop(2, message)
-    launch(parser.parse_args(arguments))
+    return parser.parse_args(arguments)
 
 
-def launch(arguments: Namespace) -> None:
-    """`accelerate launch`, which leaves the last word to the training processes, and ends as they do."""
-    from accelerate.commands.launch import launch_command
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+def launch(make_arguments: Callable[[], Namespace]) -> None:
+    """`accelerate launch`, which leaves the last word to the training processes, and ends as they do.
 
-    hide_no_news()
-    with signals_passed_on(), set_in_environment(LAUNCHER_VARIABLE, "1"):
+    Args:
+        make_arguments (`Callable[[], Namespace]`):
+            Makes the arguments of `accelerate launch`, and imports for seconds what it needs to do so.
+    """
+    with signals_passed_on() as passed_on, set_in_environment(LAUNCHER_VARIABLE, "1"):
+        arguments = make_arguments()
+        from accelerate.commands.launch import launch_command
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+        hide_no_news()
         try:
             launch_command(arguments)
         except subprocess.CalledProcessError as error:
-            end_as(error.returncode)
+            end_as(error.returncode, passed_on)
         except SignalException as error:
+            send_to_children(error.sigval)  # torchrun forgets those that it was just starting
             sys.exit(128 + error.sigval)
         except ChildFailedError as error:
-            end_as(error.get_first_failure()[1].exitcode)
+            rank, failure = error.get_first_failure()
+            end_as(failure.exitcode, passed_on, f"rank {rank}")
+        except (OSError, ValueError, ImportError) as error:  # no such configuration, a port that is taken, ...
+            stop(2 if isinstance(error, ValueError) else 1, error)
 
 
-def end_as(status: int) -> NoReturn:
-    """End as a training process has ended, which has said why, unless it was killed."""
-    if status < 0:
+def end_as(status: int, passed_on: Collection[int] = (), process: str = "the training process") -> NoReturn:
+    """End as a training process has ended, which has said why, unless it was killed by another signal than these."""
+    if status < 0 and -status not in passed_on:
         name = signal.Signals(-status).name
         hint = ", perhaps because the machine has no memory left" if -status == signal.SIGKILL else ""
-        print(f"error: a training process was ended by {name}{hint}", file=sys.stderr)
+        print(f"error: {process} was ended by {name}{hint}", file=sys.stderr)
     sys.exit(128 - status if status < 0 else status)
 
 
 @contextmanager
-def signals_passed_on() -> Iterator[None]:
-    """Within it Ctrl-C and SIGTERM are the training processes' business; torchrun sees to that itself."""
+def signals_passed_on() -> Iterator[set[int]]:
+    """Within it Ctrl-C and SIGTERM are the training processes' business; torchrun sees to that itself.
+
+    One that comes before there are any ends this process, and one that is ignored stays so. Yields those that have
+    been passed on.
+    """
+    passed_on: set[int] = set()
 
     def pass_on(number: int, frame: Any) -> None:
-        for process in psutil.Process().children():
-            process.send_signal(number)
-
-    import psutil  # type: ignore[import-untyped]  # comes with accelerate
+        if not send_to_children(number):
+            sys.exit(128 + number)
+        passed_on.add(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield passed_on
         return
-    previous = {number: signal.signal(number, pass_on) for number in HANDLED}
+    heard = [number for number in HANDLED if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, pass_on) for number in heard}
     try:
-        yield
+        yield passed_on
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def send_to_children(number: int) -> bool:
+    """Send a signal to the processes that this one has started. Returns whether there are any."""
+    import psutil  # type: ignore[import-untyped]  # comes with accelerate
+
+    processes = psutil.Process().children()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+    return bool(processes)
 
 
 @contextmanager

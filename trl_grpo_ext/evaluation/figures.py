@@ -194,7 +194,7 @@ def values_of_samples(
     return values
 
 
-def table_of(figures: Figures | Mapping[str, Figures], title: str | None = None, *, is_short: bool = False) -> "Table":
+def table_of(figures: Figures | Mapping[str, Figures], *, is_short: bool = False) -> "Table":
     """Figures as a table, in percent: the mean, and beside it the interval.
 
     Of the samples' figures those under the convention `answer` and `strict_mean@n`; the others are in the figures.
@@ -202,8 +202,6 @@ def table_of(figures: Figures | Mapping[str, Figures], title: str | None = None,
     Args:
         figures (`Figures` or `Mapping[str, Figures]`):
             One set, or several by their names, side by side.
-        title (`str`, *optional*):
-            Stands above it.
         is_short (`bool`, *optional*, defaults to `False`):
             Only what a run is judged by: `strict`, its mean over samples and `pass@n` for the most of them, and the
             completions' format and length.
@@ -211,7 +209,7 @@ def table_of(figures: Figures | Mapping[str, Figures], title: str | None = None,
     from rich.table import Table
 
     sets = {"": figures} if isinstance(figures, Figures) else dict(figures)
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("figure", no_wrap=True)
     for name in sets:
         table.add_column(name or "%", justify="right", no_wrap=True)
