@@ -93,7 +93,7 @@ def evaluated_run(folder, stages, **options):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Without drawings, which take time and are tested elsewhere."""
-    monkeypatch.setattr(page, "draw", lambda chart: "<svg></svg>")
+    monkeypatch.setattr(page, "draw", lambda chart, width=0: "<svg></svg>")
 
 
 BEFORE, AFTER = [True] * 10 + [False] * 30, [True] * 35 + [False] * 5
@@ -115,7 +115,9 @@ def test_the_report_of_a_run(tmp_path):
     # Pictures
     figures = found.all("figure")
     assert len(figures) >= 10
-    assert len(figures) == len(found.all("figcaption")) == len(found.all("svg", role="img"))
+    wide = found.all("svg", role="img", width="832")  # once more, for a row of its own
+    assert len(figures) == len(found.all("figcaption")) == len(found.all("svg", role="img")) - len(wide)
+    assert len(wide) == len(found.all("figure", **{"class": "wide"})) > 0
     assert all("optimizer step" in svg["aria-label"] for svg in found.all("svg", role="img"))
     # Completions, of three stages
     assert {"before", "step 20", "step 40"} <= {text.strip() for text in found.texts}

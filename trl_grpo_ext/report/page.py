@@ -31,7 +31,7 @@ from .completions import (
     visible,
 )
 from .doctor import RULES, Finding, diagnose
-from .pictures import DASHES, MAX_POINTS, SERIES, Chart, charts_of, draw, span_of
+from .pictures import DASHES, MAX_POINTS, SERIES, WIDE, Chart, charts_of, draw, span_of
 from .record import RECORD_FILE, Run
 from .summary import Summary, ends_of, evaluations_of, interval, summarize
 
@@ -244,27 +244,44 @@ def _past_findings(run: Run) -> list[str]:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its drawing, and what its legend says."""
+    """A chart with its drawing, once more for a row of its own where it has one, and what its legend says."""
 
     chart: Chart
     svg: Any
+    wide: Any
     legend: list[tuple[str, int, str]]
 
 
-def _sections(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, list[Figure]]]:
+@dataclass(frozen=True)
+class Section:
+    """Charts that answer a question, and sentences for those of which there is nothing to see."""
+
+    title: str
+    figures: list[Figure]
+    sentences: list[str]
+
+
+def _sections(runs: Sequence[Run], names: Sequence[str]) -> list[Section]:
+    charts = charts_of(runs, names)
+    name_of = {id(chart): f"figure-{count}" for count, chart in enumerate(charts)}  # no text of a run is in a drawing
+    sections = []
+    for title, kinds in SECTIONS.items():
+        found = [chart for chart in charts if chart.name.partition(":")[0] in kinds]
+        drawn = [chart for chart in found if not chart.is_plain]
+        # The first one takes a row where otherwise the last would stand in half of one
+        figures = [_figure(chart, name_of[id(chart)], chart is drawn[0] and len(drawn) % 2 == 1) for chart in drawn]
+        if found:
+            sections.append(Section(title, figures, [chart.title for chart in found if chart.is_plain]))
+    return sections
+
+
+def _figure(chart: Chart, name: str, is_wide: bool) -> Figure:
     from markupsafe import Markup
 
-    sections: dict[str, list[Figure]] = {title: [] for title in SECTIONS}
-    section_of = {name: title for title, kinds in SECTIONS.items() for name in kinds}
-    for number, chart in enumerate(charts_of(runs, names)):
-        legend = [(curve.label, curve.colour + 1, DASHES[curve.dash % len(DASHES)]) for curve in chart.curves]
-        svg = draw(replace(chart, name=f"figure-{number}"))
-        sections[section_of[chart.name.partition(":")[0]]].append(
-            Figure(
-                chart, Markup(svg), legend if len(legend) > 1 or chart.is_stacked else []
-            )  # no text of a run is in it
-        )
-    return [(title, figures) for title, figures in sections.items() if figures]
+    legend = [(curve.label, curve.colour + 1, DASHES[curve.dash % len(DASHES)]) for curve in chart.curves]
+    svg = Markup(draw(replace(chart, name=name)))
+    wide = Markup(draw(replace(chart, name=f"{name}-wide"), WIDE)) if is_wide else ""
+    return Figure(chart, svg, wide, legend if len(legend) > 1 or chart.is_stacked else [])
 
 
 def _smoothing(runs: Sequence[Run]) -> str:
@@ -273,7 +290,10 @@ def _smoothing(runs: Sequence[Run]) -> str:
     if span < 3:
         return ""
     behind = "each step" if longest <= MAX_POINTS else "the range of the steps"
-    return f"Strong lines are running means over about {span:.0f} steps; behind them, faintly, {behind}."
+    return (
+        f"Strong lines are running means over about {span:.0f} steps; behind them, faintly, {behind}. "
+        "What titles say something rose or fell from and to are the means of the first and the last tenth."
+    )
 
 
 # Tables of figures
