@@ -1,6 +1,7 @@
 """The report's page: what it says, and that nothing a model writes gets out of its place."""
 
 import json
+import random
 import re
 import time
 from dataclasses import replace
@@ -17,7 +18,8 @@ from trl_grpo_ext.report import page
 from trl_grpo_ext.report.completions import heldout_problems, segments_of
 from trl_grpo_ext.report.doctor import RULES
 from trl_grpo_ext.report.page import render, write_report
-from trl_grpo_ext.report.record import RECORD_FILE, read_record
+from trl_grpo_ext.report.pictures import charts_of
+from trl_grpo_ext.report.record import RECORD_FILE, Generation, read_record
 from trl_grpo_ext.report.summary import summarize
 
 
@@ -331,6 +333,77 @@ def test_a_fall_is_no_method(tmp_path):
     found = sentence(tmp_path, answers(AFTER), answers(BEFORE))
     assert "fell from 87.5 % to 25.0 %" in found
     assert "method" not in found
+
+
+def test_what_could_not_be_told_has_the_interval_of_the_difference(tmp_path):
+    found = sentence(tmp_path, answers(BEFORE), answers([True] * 12 + [False] * 28))
+    assert "a difference of +5.0 points, 95 % interval" in found
+
+
+def test_five_problems_tell_nothing(tmp_path):
+    assert "did not change" in sentence(tmp_path / "5", answers([False] * 5), answers([True] * 5))
+    assert "rose" in sentence(tmp_path / "6", answers([False] * 6), answers([True] * 6))
+
+
+def test_one_answer_by_chance_under_strict_is_not_what_a_run_is_judged_by(tmp_path):
+    before, after = answers([True] * 10 + [False] * 30, "I say {}"), answers([True] * 35 + [False] * 5, "I say {}")
+    after[0] = answers([True])[0]
+    found = sentence(tmp_path, before, after)
+    assert found.startswith("Held-out accuracy, whatever the format, rose from 25.0 % to 87.5 %")
+
+
+def test_a_run_that_went_on_has_no_before(tmp_path):
+    run = evaluated_run(tmp_path / "run", {20: answers(BEFORE), 40: answers(BEFORE)})
+    found = summarize(run)
+    assert "25.0 % at step 20 and 25.0 % after" in found.sentence
+    assert "before" not in " ".join(fact.note for fact in found.facts)
+
+
+def with_best(tmp_path, best, last, **settings):
+    """A run whose last evaluation in training is `last`, and then that of the best checkpoint is `best`."""
+    run = evaluated_run(tmp_path / "run", {0: answers(BEFORE), 20: answers(AFTER), 40: last}, **settings)
+    run.evaluations.append(EvaluationRecord("after", 40, "heldout", figures_of(best)))
+    return run
+
+
+def test_the_best_checkpoint_is_not_the_last_step(tmp_path, undrawn):
+    run = with_best(tmp_path, answers(AFTER), answers([False] * 40), load_best_model_at_end=True)
+    found = summarize(run)
+    assert "to 87.5 %" in found.sentence
+    assert "best checkpoint" in found.further[0]
+    assert "at step 40 it was 0.0 %" in found.further[0]
+    accuracy = next(chart for chart in charts_of([run]) if chart.name == "accuracy:heldout")
+    assert accuracy.curves[0].y[-1] == 0  # what training came to is not hidden
+    assert "best checkpoint" in Page(render([run])).text
+
+
+def test_the_last_step_that_is_the_best_needs_no_word(tmp_path):
+    assert not summarize(
+        with_best(tmp_path / "a", answers(AFTER), answers(AFTER), load_best_model_at_end=True)
+    ).further
+    assert not summarize(with_best(tmp_path / "b", answers(AFTER), answers(BEFORE))).further
+
+
+def test_runs_on_different_problems_are_said_to_be(tmp_path, undrawn):
+    others = [replace(answer, id=f"other {answer.id}") for answer in answers(AFTER)]
+    runs = [evaluated_run(tmp_path / "one", {40: answers(AFTER)}), evaluated_run(tmp_path / "two", {40: others})]
+    assert "because the problems are others" in Page(render(runs)).text
+    runs[1] = evaluated_run(tmp_path / "three", {40: answers(BEFORE)})
+    assert "because the problems are others" not in Page(render(runs)).text
+
+
+def test_noise_is_seldom_taken_for_learning():
+    """Two means of two generations each differ by much now and then; at 5 % hardly ever in more than one of ten."""
+    told = 0
+    for seed in range(200):
+        numbers = random.Random(seed)
+        run = made_up_run(made_up_events(0))
+        statistics = made_up_run(steps=1).generations[0].statistics
+        for step in range(10):
+            right = numbers.gauss(0.5, 0.1)
+            run.generations.append(Generation(step, replace(statistics, right=right)))
+        told += "did not change" not in summarize(run).sentence
+    assert told < 20
 
 
 def test_without_evaluations_it_is_the_training_completions():

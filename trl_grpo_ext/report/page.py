@@ -33,7 +33,7 @@ from .completions import (
 from .doctor import RULES, Finding, diagnose
 from .pictures import DASHES, MAX_POINTS, SERIES, WIDE, Chart, charts_of, draw, span_of
 from .record import RECORD_FILE, Run
-from .summary import Summary, ends_of, evaluations_of, interval, summarize
+from .summary import Summary, ends_of, evaluations_of, interval, is_of_best, summarize
 
 
 TEMPLATE, SCRIPT = "page.html.jinja", "page.js"
@@ -356,7 +356,7 @@ def _results_of_one(run: Run, differences: dict[str, Difference]) -> list[Table]
             if paired:
                 cells.append(_difference_cell(paired.get(figure)))
             rows.append(_row(figure, cells))
-        heads = [_when(record) for record in ends] + (["difference, paired"] if paired else [])
+        heads = [_when(run, record) for record in ends] + (["difference, paired"] if paired else [])
         items = last.figures.items
         tables.append(_table(f"{visible(name)}: {items:,} problems, in %, with 95 % intervals", heads, rows))
     return tables
@@ -368,7 +368,9 @@ def _table(title: str, heads: list[str], rows: list[Row], note: str = "") -> Tab
     return Table(title, heads, brief, note, [row for row in rows if row not in brief])
 
 
-def _when(record: EvaluationRecord) -> str:
+def _when(run: Run, record: EvaluationRecord) -> str:
+    if is_of_best(run, record):
+        return "after, best checkpoint"
     return {"before": "before", "after": f"after {record.step} steps"}.get(record.evaluation, f"step {record.step}")
 
 
@@ -383,26 +385,33 @@ def _results_of_several(runs: Sequence[Run], names: Sequence[str], answers: Sequ
             for figure in _figures_shown(found)
         ]
         heads = [
-            f"{run_name}, {_when(record)}" if record else run_name
-            for run_name, record in zip(names, lasts, strict=True)
+            f"{run_name}, {_when(run, record)}" if record else run_name
+            for run, run_name, record in zip(runs, names, lasts, strict=True)
         ]
         items = " or ".join(sorted({f"{record.figures.items:,}" for record in found}))
-        tables.append(_table(f"{visible(name)}: {items} problems, in %, with 95 % intervals", heads, rows))
-        if number == 0:
-            tables += _paired(names, answers)
+        title = f"{visible(name)}: {items} problems, in %, with 95 % intervals"
+        paired, unpaired = _paired(names, answers) if number == 0 else ([], "")
+        tables += [_table(title, heads, rows, note=unpaired), *paired]
     tables.append(_costs_of_several(runs, names))
     return tables
 
 
-def _paired(names: Sequence[str], answers: Sequence[Sequence[Answer]]) -> list[Table]:
-    """Each run against the first, on the same problems."""
+def _paired(names: Sequence[str], answers: Sequence[Sequence[Answer]]) -> tuple[list[Table], str]:
+    """Each run against the first, on the same problems; and in a sentence which of them cannot be."""
     found = {
         name: differences
         for name, of_run in zip(names[1:], answers[1:], strict=True)
         if (differences := _differences(answers[0], of_run))
     }
+    others = [name for name, of_run in zip(names[1:], answers[1:], strict=True) if of_run and name not in found]
+    unpaired = (
+        f"Not compared with {names[0]} problem by problem, because the problems are others or their answers are not "
+        f"there: {', '.join(others)}. Figures of different problems say little about which run is better."
+        if others
+        else ""
+    )
     if not found:
-        return []
+        return [], unpaired
     figures = dict.fromkeys(name for differences in found.values() for name in differences)
     chosen = [
         name
@@ -418,7 +427,7 @@ def _paired(names: Sequence[str], answers: Sequence[Sequence[Answer]]) -> list[T
             rows,
             note=f"{shared:,} problems are in both. Where an interval leaves out 0, the difference can be told.",
         )
-    ]
+    ], unpaired
 
 
 def _costs_of_several(runs: Sequence[Run], names: Sequence[str]) -> Table:
@@ -439,7 +448,7 @@ def _problems_of_one(run: Run, ends: tuple[list[Answer], list[Answer]], conventi
     columns = []
     for record in stages:
         answers = ends[0] if record is stages[0] else ends[1] if record is stages[-1] else answers_of(run, record)
-        columns.append((_when(record), answers))
+        columns.append((_when(run, record), answers))
     return heldout_problems(columns, convention)
 
 

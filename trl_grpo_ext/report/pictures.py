@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .record import Run
-from .summary import convention_of, duration, evaluations_of, is_changed, percent
+from .summary import convention_of, duration, evaluations_of, is_changed, is_of_best, percent
 
 
 # CSS variables by the colours that stand for them while matplotlib draws; of curves there are as many as SERIES.
@@ -218,7 +218,7 @@ def _total(chart: Chart) -> Curve:
 
 def _accuracies(run: Run) -> Iterable[Chart]:
     for number, name in enumerate(dict.fromkeys(record.set for record in run.evaluations)):
-        records = evaluations_of(run, name)
+        records = [record for record in evaluations_of(run, name) if not is_of_best(run, record)]
         main = convention_of(records)
         shown = [main, "answer" if main == "strict" else "strict"]
         shown += [found for found in records[-1].figures.estimates if found.startswith("mean@")][:1]
@@ -251,22 +251,21 @@ def _accuracies(run: Run) -> Iterable[Chart]:
 
 def _accuracy_title(records: list[Any], metric: str, name: str) -> str:
     subject = f"Held-out accuracy ({name})" if name else "Held-out accuracy"
-    estimates = [(record.step, record.figures.estimates[metric]) for record in records]
-    if len(estimates) == 1:
-        return f"{subject} is {percent(estimates[0][1].mean)} at step {estimates[0][0]}"
-    (_, first), (last_step, last) = estimates[0], estimates[-1]
-    way = 1 if last.mean >= first.mean else -1
-    far_step, far = max(estimates, key=lambda found: way * found[1].mean)
-    is_turned = is_changed(far, last)  # it went further than where it ended
-    if not is_changed(first, last) and not is_turned:
-        return f"{subject} was {percent(first.mean)} at first and {percent(last.mean)} at last: the intervals overlap"
-    if is_turned:
-        there = f"{'highest' if way > 0 else 'lowest'} at step {far_step}, {percent(far.mean)}"
-        return f"{subject} was {there}; it was {percent(first.mean)} at first and {percent(last.mean)} at last"
-    verb = "rose" if way > 0 else "fell"
-    reached = next(step for step, estimate in estimates if not is_changed(estimate, last))  # as far as can be told
-    until = f", not measurably after step {reached}" if len(estimates) > 2 and reached < last_step else ""
-    return f"{subject} {verb} from {percent(first.mean)} to {percent(last.mean)}{until}"
+    means = [record.figures.estimates[metric].mean for record in records]
+    first, last = records[0], records[-1]
+    if len(records) == 1:
+        return f"{subject} is {percent(means[0])} at step {first.step}"
+    ends = f"{percent(means[0])} at first and {percent(means[-1])} at last"
+    way = 1 if means[-1] >= means[0] else -1
+    far = max(range(len(means)), key=lambda spot: way * means[spot])
+    if is_changed(records[far], last, metric):  # it went further than where it ended
+        there = f"{'highest' if way > 0 else 'lowest'} at step {records[far].step}, {percent(means[far])}"
+        return f"{subject} was {there}; it was {ends}"
+    if not is_changed(first, last, metric):
+        return f"{subject} was {ends}: the intervals overlap"
+    reached = next(record.step for record in records if not is_changed(record, last, metric))
+    until = f", not measurably after step {reached}" if len(records) > 2 and reached < last.step else ""
+    return f"{subject} {'rose' if way > 0 else 'fell'} from {percent(means[0])} to {percent(means[-1])}{until}"
 
 
 def _format_and_correctness(run: Run) -> Iterable[Chart]:
@@ -631,9 +630,10 @@ def _is_trend(values: np.ndarray) -> bool:
     """Whether the ends differ by more than noise: by two standard errors of tenths, see [`_ends`]."""
     if len(values) < 4:
         return False
-    size = max(1, len(values) // 10)
     first, last = _ends(values)
-    noise = float(np.std(np.diff(values))) / math.sqrt(2)  # of single steps, with the trend left out
+    values = values[np.concatenate([[True], np.diff(values) != 0])]  # passes over a batch repeat its numbers
+    size = max(1, len(values) // 10)
+    noise = float(np.std(np.diff(values))) / math.sqrt(2) if len(values) > 1 else 0.0  # the trend left out
     return abs(last - first) > max(2 * noise * math.sqrt(2 / size), 1e-9 * abs(first))
 
 
