@@ -219,6 +219,7 @@ def test_problems_of_all_kinds_are_chosen():
         "stayed right": ["right"] * 2,
         "stayed wrong": ["wrong"] * 2,
     }
+    assert {problem.share for problem in problems if problem.kind == "turned right"} == {"as 10 of 40 problems"}
     for problem in problems:
         if problem.kind in verdicts:
             assert [shown.verdict for shown in problem.completions] == verdicts[problem.kind]
@@ -261,6 +262,20 @@ def test_answers_that_are_broken_do_not_break_the_page(tmp_path, undrawn):
     text = Page(render([run])).text
     assert "Held-out accuracy rose from 25.0 % to 87.5 %" in text  # intervals that do not overlap
     assert "difference, paired" not in text
+
+
+def test_prompts_and_figures_that_are_none_do_not_break_the_page(tmp_path, undrawn):
+    odd = [replace(answer, prompt=[["no", "message"]]) for answer in answers(AFTER)]
+    evaluated_run(tmp_path / "run", {0: odd, 40: odd})
+    file = tmp_path / "run" / "answers" / "figures.jsonl"
+    first, last = map(json.loads, file.read_text().splitlines())
+    for value in (None, {}, "x", [1]):
+        broken = {**last, "figures": {**last["figures"], "answer": {"mean": value, "low": 0, "high": 1}}}
+        file.write_text(f"{json.dumps(first)}\n{json.dumps(broken)}\n")
+        assert len(read_record(tmp_path / "run").evaluations) == 1
+    last["figures"].pop("strict")
+    file.write_text(f"{json.dumps(first)}\n{json.dumps(last)}\n")
+    assert "Held-out accuracy" in Page(render([read_record(tmp_path / "run")])).text
 
 
 def test_a_long_runs_page_is_small_and_quick(tmp_path):

@@ -31,7 +31,7 @@ from .completions import (
     visible,
 )
 from .doctor import RULES, Finding, diagnose
-from .pictures import DASHES, MAX_POINTS, SERIES, WIDE, Chart, charts_of, draw, span_of
+from .pictures import DASHES, MAX_POINTS, SERIES, WIDE, Chart, charts_of, dash_of, draw, span_of
 from .record import RECORD_FILE, Run
 from .summary import Summary, ends_of, evaluations_of, interval, is_of_best, summarize
 
@@ -164,7 +164,7 @@ def render(runs: Sequence[Run]) -> str:
             past=_past_findings(run),
             byline=_byline(run),
             colour=number % SERIES + 1,
-            dash=DASHES[number // SERIES % len(DASHES)],
+            dash=DASHES[dash_of(number)] if len(runs) > 1 else "",
         )
         for number, (name, run, found) in enumerate(zip(names, runs, differences, strict=True))
     ]
@@ -292,7 +292,8 @@ def _smoothing(runs: Sequence[Run]) -> str:
     behind = "each step" if longest <= MAX_POINTS else "the range of the steps"
     return (
         f"Strong lines are running means over about {span:.0f} steps; behind them, faintly, {behind}. "
-        "What titles say something rose or fell from and to are the means of the first and the last tenth."
+        "From and to in titles are means of the first and the last tenth; of held-out accuracy, the first and the "
+        "last value."
     )
 
 

@@ -60,6 +60,8 @@ class Curve:
             Whether the points are marked: measured there alone.
         is_thin (`bool`):
             Whether it is less important than the others.
+        has_band (`bool`):
+            Whether the intervals of its points are joined.
     """
 
     label: str
@@ -72,6 +74,7 @@ class Curve:
     is_noisy: bool = True
     has_points: bool = False
     is_thin: bool = False
+    has_band: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def charts_of(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[C
     last_x = max((run.last_step for run in runs), default=0)
     if len(runs) == 1:
         return [replace(chart, last_x=last_x) for build in builders for chart in build(runs[0])]
-    # Each run's charts, put together by their names: a colour for each run, a dash for each curve
+    # Each run's charts, put together by their names: a colour for each run, and no dash twice where they suffice
     found: dict[str, list[tuple[int, Chart]]] = {}
     for number, run in enumerate(runs):
         for build in builders:
@@ -166,7 +169,7 @@ def _over_one_another(charts: list[tuple[int, Chart]], names: Sequence[str]) -> 
                     curve,
                     label=label,
                     colour=number % SERIES,
-                    dash=dash if len(chosen) > 1 else number // SERIES,
+                    dash=dash_of(number) if len(chosen) == 1 else number * len(chosen) + dash,
                     low=curve.low if curve.has_points else None,
                     high=curve.high if curve.has_points else None,
                 )
@@ -179,6 +182,11 @@ def _over_one_another(charts: list[tuple[int, Chart]], names: Sequence[str]) -> 
     is_plain = all(chart.is_plain and chart.title == first.title for _, chart in charts)
     title = f"In all runs: {first.title}" if is_plain else title
     return replace(first, title=title, curves=curves, is_stacked=False, note=note, marks=marks, is_plain=is_plain)
+
+
+def dash_of(number: int) -> int:
+    """Which of `DASHES` a run has, so that it is known without its colour."""
+    return (number + number // SERIES) % len(DASHES)
 
 
 # What a chart of several runs is called: it has no one thing to see.
@@ -220,6 +228,9 @@ def _accuracies(run: Run) -> Iterable[Chart]:
     for number, name in enumerate(dict.fromkeys(record.set for record in run.evaluations)):
         records = [record for record in evaluations_of(run, name) if not is_of_best(run, record)]
         main = convention_of(records)
+        records = [record for record in records if main in record.figures.estimates]
+        if not records:
+            continue
         shown = [main, "answer" if main == "strict" else "strict"]
         shown += [found for found in records[-1].figures.estimates if found.startswith("mean@")][:1]
         curves: list[Curve] = []
@@ -231,7 +242,9 @@ def _accuracies(run: Run) -> Iterable[Chart]:
                 if spot and np.array_equal(y, curves[0].y):  # all answers are in tags
                     curves[0] = replace(curves[0], label=f"{curves[0].label}, {metric}")
                     continue
-                curves.append(Curve(metric, x, y, low, high, spot, spot, is_noisy=False, has_points=True))
+                curves.append(
+                    Curve(metric, x, y, low, high, spot, spot, is_noisy=False, has_points=True, has_band=not spot)
+                )
         right = _of_generations(run, lambda statistics: _hundred(statistics.right))
         if number == 0 and len(right[0]) > 1:
             curves.append(Curve("right in training", *right, colour=5, dash=5, is_thin=True))
@@ -720,7 +733,7 @@ def _draw_curve(axes: Any, curve: Curve, span: float) -> None:
     x, y = curve.x, curve.y
     if curve.has_points:
         if curve.low is not None and curve.high is not None:
-            if curve.dash == 0 or len(x) > MAX_BARS:  # of further curves the bars alone: bands would hide each other
+            if curve.has_band or len(x) > MAX_BARS:  # of further curves the bars alone: bands would hide each other
                 axes.fill_between(x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
             if len(x) <= MAX_BARS:  # measured at a few steps: where, and how exactly
                 bars = np.vstack([y - curve.low, curve.high - y]).clip(0)

@@ -327,7 +327,9 @@ def _facts(run: Run, ends: tuple[EvaluationRecord, EvaluationRecord] | None) -> 
         facts.append(Fact("completions", f"{completions:,}", f"in {_count(len(run.generations), 'generation')}"))
     seconds = sum(sum(step.seconds.values()) for step in run.steps)
     if seconds:
-        facts.append(Fact("time", duration(seconds), f"{seconds / len(run.steps):.2g} s a step"))
+        between = sum(step.seconds.get("between", 0.0) for step in run.steps)
+        note = f"{(seconds - between) / len(run.steps):.2g} s a step"
+        facts.append(Fact("time", duration(seconds), f"{note} and {duration(between)} between" if between else note))
     return facts
 
 
