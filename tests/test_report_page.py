@@ -441,3 +441,14 @@ def test_how_far_a_run_has_come():
     stopped = [*events[:-1], {"event": "end", "step": 10, "time": 1010.0, "status": "stopped"}]
     assert "in 10 of 100 steps" in summarize(made_up_run(stopped)).sentence
     assert "stopped before its end" in summarize(made_up_run(stopped)).sentence
+
+
+def test_what_several_runs_have_in_common_is_said_once(tmp_path, undrawn):
+    runs = [read_record(write_record(tmp_path / name, steps=12)) for name in ("one", "two", "three")]
+    for step in runs[2].steps:
+        step.metrics["completions/clipped_ratio"] = 1.0
+    text = Page(render(runs)).text
+    assert text.count("No held-out problems were evaluated") == 1
+    assert text.count("Nothing found in one, two:") == 1
+    runs[1].about["rewards"][0]["weight"] = 9.0
+    assert "reward correctness_reward_func weight 4, correctness, full marks 2" in Page(render(runs)).text

@@ -176,8 +176,14 @@ def render(runs: Sequence[Run]) -> str:
         lasts = [answers[id(run)][1] for run in runs]
         tables = _results_of_several(runs, names, lasts)
         problems, in_training = heldout_problems(list(zip(names, lasts, strict=True)), convention, are_runs=True), []
+    missing: dict[str, list[str]] = {}
+    for part in parts:
+        for text in part.summary.missing:
+            missing.setdefault(text, []).append(part.name)
     return environment.get_template(TEMPLATE).render(
         parts=parts,
+        missing=missing,
+        healthy=[part.name for part in parts if not part.findings and not part.past],
         title=names[0] if len(runs) == 1 else f"{len(runs)} runs compared",
         sections=_sections(runs, names),
         tables=tables,
@@ -469,7 +475,7 @@ def _differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """What is not the same in all runs: settings, and the model, data, rewards and versions."""
     if len(runs) == 1:
         return []
-    flat = [_flat({key: value for key, value in run.about.items() if key != "settings"}) for run in runs]
+    flat = [_facts_about(run) for run in runs]
     tables = [
         of_run | {str(name): value for name, value in run.settings.items()}
         for of_run, run in zip(flat, runs, strict=True)
@@ -494,14 +500,19 @@ def _flat(about: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _about(run: Run) -> list[tuple[str, str]]:
+def _facts_about(run: Run) -> dict[str, Any]:
+    """What is known of a run beside its settings; a row for each reward."""
     rewards = {
         f"reward {reward.name}": f"weight {reward.weight:g}, {reward.kind}"
         + ("" if reward.full_marks is None else f", full marks {reward.full_marks:g}")
         for reward in run.rewards
     }
     rest = _flat({key: value for key, value in run.about.items() if key not in ("settings", "rewards")})
+    return rest | rewards
+
+
+def _about(run: Run) -> list[tuple[str, str]]:
     return [
         (visible(name), f"{value:,}" if isinstance(value, int) else _text(value))
-        for name, value in (rest | rewards).items()
+        for name, value in _facts_about(run).items()
     ]

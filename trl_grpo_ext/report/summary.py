@@ -328,8 +328,7 @@ def _facts(run: Run, ends: tuple[EvaluationRecord, EvaluationRecord] | None) -> 
     seconds = sum(sum(step.seconds.values()) for step in run.steps)
     if seconds:
         between = sum(step.seconds.get("between", 0.0) for step in run.steps)
-        note = f"{(seconds - between) / len(run.steps):.2g} s a step"
-        facts.append(Fact("time", duration(seconds), f"{note} and {duration(between)} between" if between else note))
+        facts.append(Fact("time", duration(seconds), f"steps: {(seconds - between) / len(run.steps):.2g} s each"))
     return facts
 
 
