@@ -118,6 +118,47 @@ def test_a_chart_without_anything_to_see_is_a_sentence():
     assert not apart.is_plain
 
 
+def with_metrics(**of_step):
+    """A run whose steps have the metrics that functions of their number give, `None` for none."""
+    run = made_up_run()
+    for number, step in enumerate(run.steps):
+        for name, value_of in of_step.items():
+            step.metrics.pop(name, None)
+            if (value := value_of(number)) is not None:
+                step.metrics[name] = value
+    return run
+
+
+def test_what_was_true_early_is_not_left_out():
+    run = with_metrics(**{"completions/clipped_ratio": lambda number: 0.9 if number < 20 else 0.0})
+    assert charts(run, "truncated")[0].title == "The share that is cut off fell from 90 % to 0 %"
+
+
+def test_a_pass_that_seldom_took_place_is_said_to_have():
+    run = with_metrics(
+        **{
+            "iteration/1/clip_ratio": lambda number: 0.0,
+            "iteration/2/clip_ratio": lambda number: 0.9 if number % 10 == 0 else None,
+        }
+    )
+    assert "Of 40 batches, 4 had a pass 2." in charts(run, "clipped")[0].note
+
+
+def test_a_first_pass_alone_has_no_kl_to_show():
+    run = with_metrics(**{"iteration/1/approx_kl": lambda number: 0.0, "iteration/2/approx_kl": lambda number: None})
+    assert "kl" not in charts(run)
+
+
+def test_numbers_that_passes_repeat_are_no_trend():
+    """Each batch's length stands at four steps: the noise is that of ten batches, and not of forty steps."""
+    told = 0
+    for seed in range(50):
+        lengths = np.random.default_rng(seed).normal(30, 3, 10)
+        run = with_metrics(**{"completions/mean_length": lambda number, lengths=lengths: float(lengths[number // 4])})
+        told += "were about" not in charts(run, "length")[0].title
+    assert told < 10
+
+
 def test_few_percent_have_an_axis_of_their_own_and_small_numbers_are_short():
     run = evaluated((0, 0.01), (40, 0.02))
     run.generations.clear()  # of which more are right

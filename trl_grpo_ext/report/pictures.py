@@ -414,10 +414,9 @@ def _lengths(run: Run) -> Iterable[Chart]:
     x, y = _series(run, "completions/clipped_ratio")
     if len(x):
         y = 100 * y
-        last = _ends(y)[1]
-        title = f"{last:.0f} % of completions are cut off at last" if last >= 0.5 else "Few completions are cut off"
-        if y.max() == 0:
-            title = "No completion was cut off"
+        title = f"The share that is cut off {_course(y, '{:.0f} %')}"
+        if max(y.mean(), *_ends(y)) < 0.5:
+            title = "Few completions were cut off" if y.any() else "No completion was cut off"
         yield Chart(
             "truncated",
             title,
@@ -432,6 +431,8 @@ def _lengths(run: Run) -> Iterable[Chart]:
 def _passes(run: Run) -> Iterable[Chart]:
     planned = run.settings.get("num_iterations")
     kl, clipped = _by_pass(run, "approx_kl", 1), _by_pass(run, "clip_ratio", 100)
+    if len(kl) == 1 and not kl[0].y.any():  # a first pass alone begins where the policy generated
+        kl = []
     if kl:
         target = _number(run, "target_kl")
         last = kl[-1]
@@ -441,7 +442,8 @@ def _passes(run: Run) -> Iterable[Chart]:
             "KL from the old policy, nats a token",
             kl,
             note="How far the policy is from the one that generated, measured at the beginning of each pass."
-            + (f" Beyond {target:g} no further pass begins." if target is not None else ""),
+            + (f" Beyond {target:g} no further pass begins." if target is not None else "")
+            + _seldom(kl),
             limits=(0, None),
             marks=[(target, "target_kl")] if target is not None else [],
         )
@@ -456,7 +458,8 @@ def _passes(run: Run) -> Iterable[Chart]:
             title if max(curve.y.max() for curve in clipped) > 0 else "The clip never bound",
             PERCENT.format("tokens"),
             clipped,
-            note="Tokens whose ratio to the old policy is beyond epsilon, so that they no longer push.",
+            note="Tokens whose ratio to the old policy is beyond epsilon, so that they no longer push."
+            + _seldom(clipped),
             limits=(0, None),
             is_plain=not any(curve.y.any() for curve in clipped),
         )
@@ -480,12 +483,19 @@ def _passes(run: Run) -> Iterable[Chart]:
     if len(x) and y.any():
         yield Chart(
             "reference",
-            f"The distance to the reference policy {_course(y, '{:.3f}', 'nats')}",
+            f"The distance to the reference policy {_course(y, '{:.2g}', 'nats')}",
             "KL to the reference, nats a token",
             [Curve("KL", x, y)],
             note="What beta holds back.",
             limits=(min(0.0, float(y.min())), None),
         )
+
+
+def _seldom(passes: list[Curve]) -> str:
+    """How often the last pass took place, where the first one did more often: its means are of these alone."""
+    first, last = passes[0], passes[-1]
+    times, count = len(last.x), len(first.x)
+    return f" Of {count:,} batches, {times:,} had a {last.label}." if times < count else ""
 
 
 def _by_pass(run: Run, metric: str, scale: float) -> list[Curve]:
@@ -517,7 +527,7 @@ def _optimizer(run: Run) -> Iterable[Chart]:
     if len(x):
         yield Chart(
             "entropy",
-            f"Entropy {_course(y, '{:.2f}', 'nats')}",
+            f"Entropy {_course(y, '{:.2g}', 'nats')}",
             "entropy, nats a token",
             [Curve("mean", x, y)],
             note="How undecided the policy is about its next token. Near 0 it no longer explores.",
