@@ -452,3 +452,11 @@ def test_what_several_runs_have_in_common_is_said_once(tmp_path, undrawn):
     assert text.count("Nothing found in one, two:") == 1
     runs[1].about["rewards"][0]["weight"] = 9.0
     assert "reward correctness_reward_func weight 4, correctness, full marks 2" in Page(render(runs)).text
+
+
+def test_names_cannot_turn_the_pages_own_words_around(tmp_path, undrawn):
+    events = json.loads(json.dumps(made_up_events(8)).replace("soft_format_reward_func", "turned\\u202earound"))
+    write_record(tmp_path / "run", events)
+    text = render([read_record(tmp_path / "run")])
+    assert "turned[U+202E]around" in text
+    assert "\u202e" not in text

@@ -150,6 +150,7 @@ def render(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["visible"] = visible
     script = (folder / SCRIPT).read_text(encoding="utf-8")
     names = names_of(runs)
     convention = judged_by(runs)
@@ -426,13 +427,19 @@ def _paired(names: Sequence[str], answers: Sequence[Sequence[Answer]]) -> tuple[
         if name in FIGURES or (name.startswith(("mean@", "pass@", "maj@")) and not name.endswith("@1"))
     ]
     rows = [_row(name, [_difference_cell(of_run.get(name)) for of_run in found.values()]) for name in chosen]
-    shared = len(set(first_answers(answers[0])) & set().union(*(first_answers(of_run) for of_run in answers[1:])))
+    ids = set(first_answers(answers[0]))
+    shared = {
+        len(ids & set(first_answers(of_run)))
+        for name, of_run in zip(names[1:], answers[1:], strict=True)
+        if name in found
+    }
+    count = " or ".join(f"{number:,}" for number in sorted(shared))
     return [
         _table(
             f"Difference to {names[0]}, problem by problem, in points with 95 % intervals",
             list(found),
             rows,
-            note=f"{shared:,} problems are in both. Where an interval leaves out 0, the difference can be told.",
+            note=f"{count} problems are in both. Where an interval leaves out 0, the difference can be told.",
         )
     ], unpaired
 

@@ -172,6 +172,7 @@ def _over_one_another(charts: list[tuple[int, Chart]], names: Sequence[str]) -> 
                     dash=dash_of(number) if len(chosen) == 1 else number * len(chosen) + dash,
                     low=curve.low if curve.has_points else None,
                     high=curve.high if curve.has_points else None,
+                    has_band=curve.has_band and len(charts) <= 3,  # of more runs they hide each other
                 )
             )
     marks = first.marks if all(chart.marks == first.marks for _, chart in charts) else []
