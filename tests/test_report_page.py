@@ -278,6 +278,15 @@ def test_prompts_and_figures_that_are_none_do_not_break_the_page(tmp_path, undra
     assert "Held-out accuracy" in Page(render([read_record(tmp_path / "run")])).text
 
 
+def test_answers_with_verdicts_alone_are_graded_again(tmp_path, undrawn):
+    alone = [replace(answer, extracted=None) for answer in answers(AFTER)]
+    run = evaluated_run(tmp_path / "run", {0: answers(BEFORE), 40: answers(AFTER)})
+    twice = [replace(answer, sample=sample, temperature=1.0) for answer in alone for sample in (0, 1)]
+    write_answers(tmp_path / "run" / "answers" / "before.jsonl", twice)
+    write_answers(tmp_path / "run" / "answers" / "step-000040.jsonl", twice)
+    assert "Held-out accuracy" in Page(render([run])).text
+
+
 def test_a_long_runs_page_is_small_and_quick(tmp_path):
     run = made_up_run(steps=100)
     run.steps = [replace(run.steps[number % 100], step=number + 1) for number in range(10_000)]

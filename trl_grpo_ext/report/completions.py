@@ -175,7 +175,7 @@ def answers_of(run: Run, record: EvaluationRecord) -> list[Answer]:
     file = Path(run.folder, FOLDER, answers_file(record.evaluation, record.step))
     try:
         answers = read_answers(file)
-        return [answer if answer.correct is not None else answer.graded() for answer in answers]
+        return [answer if None not in (answer.correct, answer.extracted) else answer.graded() for answer in answers]
     except (OSError, ValueError):
         return []
 
