@@ -19,8 +19,8 @@
 # there and ends with a small language model that has taught itself arithmetic, and with the report of its training.
 # Each step is a few lines, and they call the functions that the trainer itself calls.
 #
-# It takes one to two minutes on a CPU, needs no GPU and no network, and wants Jupyter and
-# `pip install "trl_grpo_ext[report]"`. Numbers in **bold** are computed by the cell beside them. The sources of the
+# It takes one to two minutes on a CPU, needs no GPU and no network, and wants Jupyter and, from a checkout of this
+# package, `pip install ".[report]"`. Numbers in **bold** are computed by the cell beside them. The sources of the
 # equations are listed at the end.
 
 # %%
@@ -157,8 +157,8 @@ print(f"log-probabilities of its two tokens: {old_logps[0, 0]:.3f}, {old_logps[0
 # ## 4. The ratio, and the clip
 #
 # Sampling is the expensive part, so we want to learn from the same answers more than once. After the first update the
-# policy is no longer the one that sampled (the **old policy**), and each token is corrected by the **ratio** of what
-# it is worth now and then:
+# policy is no longer the one that sampled (the **old policy**), and each token is corrected by the **ratio** of its
+# probability now to the one then:
 #
 # $$\rho = \frac{\pi_\theta(\text{token})}{\pi_{\text{old}}(\text{token})}$$
 #
@@ -168,7 +168,7 @@ print(f"log-probabilities of its two tokens: {old_logps[0, 0]:.3f}, {old_logps[0
 # $$\min(\rho A,  \mathrm{clip}(\rho, 1 - \varepsilon, 1 + \varepsilon) A)$$
 #
 # So for A = 1 the ratio 1.4 counts as **1.2**, and the coefficient of its gradient is **0.0**: this token has been
-# made probable enough for now, and is left alone.
+# made probable enough for now, and is left alone. (`epsilon` in the settings.)
 
 # %%
 EPSILON = 0.2
@@ -208,7 +208,7 @@ plt.show()
 #
 # It is 0 where both agree, never negative, and right on average. For a policy that gives three tokens the
 # probabilities 0.5, 0.3, 0.2 and a reference that gives them 0.4, 0.4, 0.2, the exact KL and the mean of k3 are both
-# **0.0253**.
+# **0.0253**. (Its weight is `beta` in the settings: 0 in TRL, unless you set it, and there is no reference model then.)
 
 # %%
 policy_p, reference_p = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2])
@@ -328,7 +328,8 @@ plt.show()
 # geometric mean of its tokens' ratios, so that an answer is clipped as a whole or not at all. Take an answer of four
 # tokens with the ratios 1.5, 1.1, 0.9 and 1.0. Token by token, the first is clipped and the other three are not. The
 # sequence's ratio is **1.10**, within the clip, so that all four go on learning. (Means vary less than single tokens
-# do, so at the sequence level one takes a far smaller $\varepsilon$: GSPO's is a few ten-thousandths.)
+# do, so at the sequence level one takes a far smaller $\varepsilon$: GSPO's is a few ten-thousandths. In the settings
+# the level is `importance_sampling_level`.)
 
 # %%
 of_tokens = torch.tensor([[1.5, 1.1, 0.9, 1.0]])
@@ -373,7 +374,7 @@ display(pd.DataFrame(weights).T)
 # nearly all wrong or nearly all right. The one right answer among eight has the advantage **2.475** with the division,
 # and **0.875** without. So the division makes questions that are nearly solved, or nearly hopeless, count as much as
 # others, and a lucky guess may be among the latter. Without it, questions count by how unsure the policy is. In return
-# the division makes the size of rewards irrelevant; without it, twice the rewards are twice the learning rate.
+# the division makes the size of rewards irrelevant; without it, twice the rewards are twice the gradient.
 # (`scale_rewards="none"` in the settings.)
 
 # %%
@@ -557,7 +558,7 @@ plt.show()
 #
 # ## Where to go from here
 #
-# `accelerate launch recipes/gsm8k.py` is the same as a command; with `--config recipes/configs/qwen2.5-0.5b.yaml` it
+# `trl-grpo-ext launch recipes/gsm8k.py` is the same as a command; with `--config recipes/configs/qwen2.5-0.5b.yaml` it
 # trains a real model. `recipes/README.md` says how to use your own data and rewards.
 #
 # Sources: GRPO, its advantage, k3 and the coefficients of the gradient: DeepSeekMath,

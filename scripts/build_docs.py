@@ -90,6 +90,8 @@ def to_markdown(context: jinja2.runtime.Context, docstring: str) -> str:
         except LookupError:
             warnings.warn(f"{page}: a docstring refers to {name}, which is not there", stacklevel=2)
             return f"`{short}`"
+        if short == name and name.startswith("trl_grpo_ext."):  # pdoc makes a link of it; no link stands in a link
+            return f"`{name}`"
         if owner not in context["all_modules"] or any(part.startswith("_") for part in qualname.split(".")):
             return f"`{short}`"
         address = pdoc.render_helpers.relative_link(page, owner)

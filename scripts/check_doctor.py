@@ -101,6 +101,15 @@ def slow(completions: list[Any], **kwargs: Any) -> list[float]:
     return [float(len(completion[0]["content"]) % 2) for completion in completions]
 
 
+def length(completions: list[Any], **kwargs: Any) -> list[float]:
+    return [len(completion[0]["content"]) / 100 for completion in completions]
+
+
+def length_alone() -> RewardBundle:
+    bundle = gsm8k_bundle()
+    return bundle.with_weights(dict.fromkeys(bundle.names, 0.0)) + RewardBundle([length])
+
+
 def other_tags() -> RewardBundle:
     tags = ("thinking", "result")
     return RewardBundle(
@@ -137,6 +146,7 @@ SICK = {
     "empty references": Sick(
         "groups-all-right", 8, rewards=lambda: RewardBundle([correct_if_contained]), answer=lambda row: ""
     ),
+    "reward for length": Sick("length-without-correctness", 40, rewards=length_alone),
     "slow reward": Sick("slow-rewards", 20, rewards=lambda: gsm8k_bundle() + [slow]),
     "8 passes, rate 1e-3": Sick("old-rollouts", 40, {"num_iterations": 8, "learning_rate": 1e-3}),
     "rate 3e-3 with beta": Sick("kl-to-reference", 12, {"beta": 0.001, "learning_rate": 3e-3}),

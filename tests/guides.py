@@ -229,6 +229,9 @@ def look_at_subcommand(name: str, *arguments: str) -> None:
     from trl_grpo_ext.grpo import OPTIONS, launcher_options
 
     assert name in SUBCOMMANDS, name
+    if name == "launch":
+        look_at_launch(list(arguments))
+        return
     if name == "grpo" and not {"--help", "--help_all"} & set(arguments):
         split_arguments([str(file_of(word)) if before == "--config" else word for before, word in pairs(arguments)])
         return

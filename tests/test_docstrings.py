@@ -100,4 +100,6 @@ def test_api_pages_without_a_warning(tmp_path):
     page = (tmp_path / "trl_grpo_ext" / "trainer.html").read_text()
     assert 'href="config.html#GRPOExtConfig"' in page
     assert "[`" not in page.replace("<code>", "`").replace("</code>", "`").split("<input id=")[0]
+    link_in_link = re.compile(r"<a [^>]*><code><a ")
+    assert not [file for file in tmp_path.rglob("*.html") if link_in_link.search(file.read_text())]
     assert 'id="GRPOExtTrainer"' in (tmp_path / "trl_grpo_ext.html").read_text()

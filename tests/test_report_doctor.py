@@ -324,6 +324,18 @@ def test_the_format_that_is_lost_is_a_rate_too_high_as_well():
     assert "the format fell from 100% to 38%" in diagnose(run)[0].evidence
 
 
+def test_length_that_costs_right_answers_is_named_sooner_and_explains_their_loss():
+    run = run_of(
+        lambda done: scores(right=4 if done < 0.4 else 0),
+        metrics={"completions/mean_length": from_to(30, 60)},
+        steps=32,
+    )
+    assert "learning-rate-too-high" in holding(run)
+    found = [finding.rule for finding in diagnose(run)]
+    assert "length-without-correctness" in found
+    assert "learning-rate-too-high" not in found
+
+
 def test_an_unscored_reference_is_shown():
     run = run_of(unscored(range(64)))
     unscored_samples = [replace(sample, rewards={}) for sample in run.generations[-1].samples]

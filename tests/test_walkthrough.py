@@ -41,7 +41,7 @@ def test_what_is_stored(stored):
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 7
     texts = json.dumps([cell for cell in stored.cells if cell.cell_type == "markdown"]) + "".join(map(printed, code))
-    assert not re.search(r"(?<![\w.:/])/(?:\w+/)+\w+|site-packages|Traceback", texts.replace("https://", ""))
+    assert not re.search(r"(?<![\w.:/])/(?:\w+/)+\w+|site-packages|Traceback|WARNING", texts.replace("https://", ""))
     assert NOTEBOOK.stat().st_size < MAX_BYTES
 
 

@@ -9,8 +9,8 @@ on the sequence level; everything computed from it broadcasts.
 
 Two consequences that look like mistakes and are none. On the first pass over a batch of rollouts the policy is the old
 policy, so every ratio is exactly 1 and the clip cannot bind. And then the *value* of the surrogate is the mean
-advantage, which is 0 for a normalized group, so the loss that is logged is beta times the KL. Its gradient is not 0:
-see [`gradient_coefficient`].
+advantage, which is 0 for a normalized group, so the loss that is logged is beta times the KL (with `"grpo"` exactly;
+where tokens and not answers are averaged, near it). Its gradient is not 0: see [`gradient_coefficient`].
 """
 
 import math

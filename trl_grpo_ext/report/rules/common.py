@@ -9,7 +9,7 @@ from ..record import Run
 
 def the_last(what: str, count: int, generations: int) -> str:
     """The words for [`~trl_grpo_ext.report.windows.last_window`]."""
-    return f"the last {count} {what}, of {generations} generations or more,"
+    return f"the last {count} {what} ({generations} generations or more)"
 
 
 def rewards_of_kind(run: Run, kind: str) -> list[RewardAbout]:

@@ -14,13 +14,18 @@ FLAT_RISE = 0.03
 FORMAT_RISE = 0.2
 LENGTH_RATIO = 1.5
 LENGTH_TOKENS = 16
+# Sooner, and of fewer groups, where fewer are right than at the beginning.
+FALL_STEPS = 20
+FALL_GROUPS = 32
 
 
-def _flat_windows(run: Run) -> tuple[Window, Window] | None:
+def _flat_windows(
+    run: Run, steps: int = FLAT_STEPS, groups: int = FLAT_GROUPS, rise: float = FLAT_RISE
+) -> tuple[Window, Window] | None:
     """The beginning and now, if correctness has not risen between them by more than there is noise."""
-    windows = both_windows(run, steps_between=FLAT_STEPS, groups=FLAT_GROUPS, generations=FLAT_GENERATIONS)
+    windows = both_windows(run, steps_between=steps, groups=groups, generations=FLAT_GENERATIONS)
     before, now = (window.mean("right") for window in windows) if windows else (None, None)
-    return windows if before is not None and now is not None and now - before < FLAT_RISE else None
+    return windows if before is not None and now is not None and now - before < rise else None
 
 
 @rule(
@@ -49,13 +54,13 @@ def format_without_correctness(run: Run) -> Found | None:
     "length-without-correctness",
     "Completions grow longer, and correctness does not",
     when=f"after {FLAT_STEPS} steps or more, they are {LENGTH_RATIO:g} times and {LENGTH_TOKENS} tokens longer than "
-    f"the first, and right completions have not become more by {FLAT_RISE:.0%}",
+    f"the first, and right completions have not become more by {FLAT_RISE:.0%}; after {FALL_STEPS}, have become fewer",
     remedy="Look at late completions: repetition, or a reward that pays for length. loss_type='dapo' or 'dr_grpo' "
     "does not favour long wrong completions, and a reward for brevity holds them back.",
     explained_by=("truncated-completions",),
 )
 def length_without_correctness(run: Run) -> Found | None:
-    windows = _flat_windows(run)
+    windows = _flat_windows(run) or _flat_windows(run, FALL_STEPS, FALL_GROUPS, rise=0.0)
     name = "completions/mean_length"
     before, now = earliest(run, name, FLAT_GENERATIONS), latest(run, name, FLAT_GENERATIONS)
     if windows is None or not before or not now:
@@ -91,7 +96,8 @@ KL_PASSES = 0.025
     f"the format is {WORSE_FORMAT:.0%} of full marks lower, by {WORSE_ERRORS:g} standard errors; over "
     f"{WORSE_GROUPS_AFAR[0][1]} where passes move the policy by more than {KL_PASSES:g} nats a token",
     remedy="Go back to a checkpoint or the start with a learning_rate three to ten times smaller; fewer passes "
-    "(num_iterations), target_kl or max_grad_norm help too.",
+    "(num_iterations), target_kl or max_grad_norm help too. See what the rewards pay for, if it is not that.",
+    explained_by=("length-without-correctness",),
 )
 def learning_rate_too_high(run: Run) -> Found | None:
     farthest = _farthest_pass(run, "approx_kl", WORSE_PASSES)

@@ -283,7 +283,9 @@ def reward_not_finite(run: Run) -> Found | None:
     window = Window(run.generations[-INFINITE_GENERATIONS:])
     counts = [(reward, sum(found.infinite for found in window.of(reward))) for reward in run.rewards]
     found = [
-        (reward, f"gave an infinity to {count} of the last {window.completions}") for reward, count in counts if count
+        (reward, f"gave an infinity to {count} of the last {window.completions} completions")
+        for reward, count in counts
+        if count
     ]
     return joined(found, window.step) if found else None
 
