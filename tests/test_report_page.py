@@ -357,6 +357,14 @@ def test_a_fall_is_no_method(tmp_path):
     found = sentence(tmp_path, answers(AFTER), answers(BEFORE))
     assert "fell from 87.5 % to 25.0 %" in found
     assert "method" not in found
+    assert "format" not in found
+
+
+def test_a_format_that_was_lost_is_named(tmp_path):
+    found = sentence(tmp_path, answers(AFTER), answers(AFTER, "The answer is {}"))
+    assert "fell from 87.5 % to 0.0 %" in found
+    assert "format was lost" in found
+    assert "as often as before" in found
 
 
 def test_what_could_not_be_told_has_the_interval_of_the_difference(tmp_path):
@@ -365,7 +373,9 @@ def test_what_could_not_be_told_has_the_interval_of_the_difference(tmp_path):
 
 
 def test_five_problems_tell_nothing(tmp_path):
-    assert "did not change" in sentence(tmp_path / "5", answers([False] * 5), answers([True] * 5))
+    found = sentence(tmp_path / "5", answers([False] * 5), answers([True] * 5))
+    assert "did not change measurably" in found
+    assert "(5 problems, too few to tell)" in found  # and no interval that leaves out 0
     assert "rose" in sentence(tmp_path / "6", answers([False] * 6), answers([True] * 6))
 
 

@@ -12,10 +12,11 @@ McNemar's test agrees), see [`trl_grpo_ext.evaluation.comparison`]; where the an
 figures' intervals do not overlap; and never of fewer than six problems, too few for any such test. In training: if the
 means of the two fifths differ by Welch's test at 5 %. Everything else "did not change measurably".
 
-**Format or method.** Only for a rise under `strict`. What accuracy rose by under `answer`, for which tags do not
+**Format or method.** Only for a change under `strict`. What accuracy rose by under `answer`, for which tags do not
 matter, was method: more problems are solved. The rest of the rise under `strict` was format: answers that were found
 before, and are now in their tags. From two thirds up "most of it was" the one, below a third the other, and between
-"about half". If the rise under `answer` cannot be told from 0, it was format as far as can be told.
+"about half". If the rise under `answer` cannot be told from 0, it was format as far as can be told. Of a fall it is
+said that format was lost, where there is none under `answer`.
 """
 
 import math
@@ -172,11 +173,14 @@ def _of_evaluations(
     if before is None or after is None:
         return _of_training(run)
     name = "Held-out accuracy" if convention == "strict" else "Held-out accuracy, whatever the format,"
-    since = "" if first.step == 0 else f" from step {first.step}"
     span = steps_of(run) if last.step >= run.last_step else f"up to step {last.step}"
+    if first.step > 0:
+        span = f"from step {first.step} to step {last.step}"
     difference = differences.get(convention)
     if not is_changed(first, last, convention, difference):
         known = f"95 % interval {interval(after)}" if difference is None else _points(difference)
+        if difference is not None and not difference.low <= 0 <= difference.high:  # but McNemar's test is not sure
+            known = f"{last.figures.items:,} problem{'s' * (last.figures.items != 1)}, too few to tell"
         sentence = (
             f"{name} did not change measurably: {percent(before.mean)} {_at_first(first)} and {percent(after.mean)} "
             f"after ({known}), {span}."
@@ -185,9 +189,9 @@ def _of_evaluations(
         verb = "rose" if after.mean > before.mean else "fell"
         sentence = (
             f"{name} {verb} from {percent(before.mean)} to {percent(after.mean)} (95 % interval {interval(after)})"
-            f"{since} {span}"
+            f" {span}"
         )
-        told = _attribution(first, last, differences) if verb == "rose" and convention == "strict" else ""
+        told = _attribution(first, last, differences) if convention == "strict" else ""
         sentence += f"; {told}." if told else "."
     return f"{sentence}{_end_of(run)}"
 
@@ -237,7 +241,13 @@ def _attribution(first: EvaluationRecord, last: EvaluationRecord, differences: M
     except KeyError:
         return None
     rise = strict[1].mean - strict[0].mean
-    if not is_changed(first, last, "answer", differences.get("answer")):
+    is_known = is_changed(first, last, "answer", differences.get("answer"))
+    if rise < 0:
+        if is_known and answer[1].mean < answer[0].mean:
+            return None
+        often = "more often than" if is_known else "as often as"
+        return f"format was lost: answers wherever they stand were right {often} before"
+    if not is_known:
         return "as far as can be told it was format: answers wherever they stand were right as often as before"
     if answer[1].mean < answer[0].mean:
         return "it was format: answers wherever they stand were right less often than before"
