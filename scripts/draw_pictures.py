@@ -2,16 +2,20 @@
 
     python scripts/draw_pictures.py                            # all of them: the same bytes each time
     python scripts/draw_pictures.py --run outputs/offline-tiny # first take the learning curve's figures from a run
+    python scripts/draw_pictures.py --report outputs/offline-tiny/report.html  # a part of it, as a browser shows it
 
 Each picture is drawn twice, for a light page and a dark one. Letters are paths: a page that shows an SVG as an image
-lends it no fonts.
+lends it no fonts. The report's needs `pip install playwright` and a Chromium, and is made of bytes that no other
+machine repeats.
 """
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -235,16 +239,41 @@ def draw(folder: Path, data_folder: Path = PICTURES) -> list[Path]:
     return files
 
 
+def photograph(report: Path, folder: Path) -> list[Path]:
+    """The beginning of a report and its first chart, light and dark."""
+    from PIL import Image  # matplotlib brings it
+
+    sync_playwright = import_module("playwright.sync_api").sync_playwright
+    # What lies between the two, and what comes behind
+    left_out = "#results, #results ~ *, figure:first-child ~ figure, .figures ~ *, section:has(#pictures) ~ *, .footer"
+    files = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for scheme in ("light", "dark"):
+            page = browser.new_page(
+                viewport={"width": 900, "height": 400}, color_scheme=scheme, device_scale_factor=1.5
+            )
+            page.goto(report.resolve().as_uri())
+            page.add_style_tag(content=f"{left_out} {{ display: none !important; }} main {{ padding-bottom: 1rem; }}")
+            files.append(folder / f"report_{scheme}.png")
+            page.screenshot(path=files[-1], full_page=True)
+            with Image.open(files[-1]) as image:
+                image.convert("RGB").quantize(64).save(files[-1], optimize=True)
+        browser.close()
+    return files
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a run of the demo, for the learning curve's figures")
+    parser.add_argument("--report", type=Path, help="a report, of which a part is shown")
     parser.add_argument("--output_dir", type=Path, default=PICTURES, help="where the pictures go")
     options = parser.parse_args()
     if options.run is not None:
         figures = take_run(options.run)
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in figures.items())
         (PICTURES / "learning_curve.json").write_text(f"{{\n{lines}\n}}\n")
-    for file in draw(options.output_dir):
+    for file in draw(options.output_dir) if options.report is None else photograph(options.report, options.output_dir):
         print(file)
 
 

@@ -17,7 +17,7 @@ from trl_grpo_ext.report.record import RECORD_FILE
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
     """Without drawings, which take time and are tested elsewhere."""
-    monkeypatch.setattr(page, "draw", lambda chart: "<svg></svg>")
+    monkeypatch.setattr(page, "draw", lambda chart, width=0: "<svg></svg>")
 
 
 def test_the_report_lies_beside_the_record(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The report's page: what it says, and that nothing a model writes gets out of its place."""
 
 import json
+import random
 import re
 import time
 from dataclasses import replace
@@ -17,7 +18,8 @@ from trl_grpo_ext.report import page
 from trl_grpo_ext.report.completions import heldout_problems, segments_of
 from trl_grpo_ext.report.doctor import RULES
 from trl_grpo_ext.report.page import render, write_report
-from trl_grpo_ext.report.record import RECORD_FILE, read_record
+from trl_grpo_ext.report.pictures import charts_of
+from trl_grpo_ext.report.record import RECORD_FILE, Generation, read_record
 from trl_grpo_ext.report.summary import summarize
 
 
@@ -93,7 +95,7 @@ def evaluated_run(folder, stages, **options):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Without drawings, which take time and are tested elsewhere."""
-    monkeypatch.setattr(page, "draw", lambda chart: "<svg></svg>")
+    monkeypatch.setattr(page, "draw", lambda chart, width=0: "<svg></svg>")
 
 
 BEFORE, AFTER = [True] * 10 + [False] * 30, [True] * 35 + [False] * 5
@@ -115,7 +117,9 @@ def test_the_report_of_a_run(tmp_path):
     # Pictures
     figures = found.all("figure")
     assert len(figures) >= 10
-    assert len(figures) == len(found.all("figcaption")) == len(found.all("svg", role="img"))
+    wide = found.all("svg", role="img", width="832")  # once more, for a row of its own
+    assert len(figures) == len(found.all("figcaption")) == len(found.all("svg", role="img")) - len(wide)
+    assert len(wide) == len(found.all("figure", **{"class": "wide"})) > 0
     assert all("optimizer step" in svg["aria-label"] for svg in found.all("svg", role="img"))
     # Completions, of three stages
     assert {"before", "step 20", "step 40"} <= {text.strip() for text in found.texts}
@@ -215,6 +219,7 @@ def test_problems_of_all_kinds_are_chosen():
         "stayed right": ["right"] * 2,
         "stayed wrong": ["wrong"] * 2,
     }
+    assert {problem.share for problem in problems if problem.kind == "turned right"} == {"as 10 of 40 problems"}
     for problem in problems:
         if problem.kind in verdicts:
             assert [shown.verdict for shown in problem.completions] == verdicts[problem.kind]
@@ -257,6 +262,29 @@ def test_answers_that_are_broken_do_not_break_the_page(tmp_path, undrawn):
     text = Page(render([run])).text
     assert "Held-out accuracy rose from 25.0 % to 87.5 %" in text  # intervals that do not overlap
     assert "difference, paired" not in text
+
+
+def test_prompts_and_figures_that_are_none_do_not_break_the_page(tmp_path, undrawn):
+    odd = [replace(answer, prompt=[["no", "message"]]) for answer in answers(AFTER)]
+    evaluated_run(tmp_path / "run", {0: odd, 40: odd})
+    file = tmp_path / "run" / "answers" / "figures.jsonl"
+    first, last = map(json.loads, file.read_text().splitlines())
+    for value in (None, {}, "x", [1]):
+        broken = {**last, "figures": {**last["figures"], "answer": {"mean": value, "low": 0, "high": 1}}}
+        file.write_text(f"{json.dumps(first)}\n{json.dumps(broken)}\n")
+        assert len(read_record(tmp_path / "run").evaluations) == 1
+    last["figures"].pop("strict")
+    file.write_text(f"{json.dumps(first)}\n{json.dumps(last)}\n")
+    assert "Held-out accuracy" in Page(render([read_record(tmp_path / "run")])).text
+
+
+def test_answers_with_verdicts_alone_are_graded_again(tmp_path, undrawn):
+    alone = [replace(answer, extracted=None) for answer in answers(AFTER)]
+    run = evaluated_run(tmp_path / "run", {0: answers(BEFORE), 40: answers(AFTER)})
+    twice = [replace(answer, sample=sample, temperature=1.0) for answer in alone for sample in (0, 1)]
+    write_answers(tmp_path / "run" / "answers" / "before.jsonl", twice)
+    write_answers(tmp_path / "run" / "answers" / "step-000040.jsonl", twice)
+    assert "Held-out accuracy" in Page(render([run])).text
 
 
 def test_a_long_runs_page_is_small_and_quick(tmp_path):
@@ -329,6 +357,87 @@ def test_a_fall_is_no_method(tmp_path):
     found = sentence(tmp_path, answers(AFTER), answers(BEFORE))
     assert "fell from 87.5 % to 25.0 %" in found
     assert "method" not in found
+    assert "format" not in found
+
+
+def test_a_format_that_was_lost_is_named(tmp_path):
+    found = sentence(tmp_path, answers(AFTER), answers(AFTER, "The answer is {}"))
+    assert "fell from 87.5 % to 0.0 %" in found
+    assert "format was lost" in found
+    assert "as often as before" in found
+
+
+def test_what_could_not_be_told_has_the_interval_of_the_difference(tmp_path):
+    found = sentence(tmp_path, answers(BEFORE), answers([True] * 12 + [False] * 28))
+    assert "a difference of +5.0 points, 95 % interval" in found
+
+
+def test_five_problems_tell_nothing(tmp_path):
+    found = sentence(tmp_path / "5", answers([False] * 5), answers([True] * 5))
+    assert "did not change measurably" in found
+    assert "(5 problems, too few to tell)" in found  # and no interval that leaves out 0
+    assert "rose" in sentence(tmp_path / "6", answers([False] * 6), answers([True] * 6))
+
+
+def test_one_answer_by_chance_under_strict_is_not_what_a_run_is_judged_by(tmp_path):
+    before, after = answers([True] * 10 + [False] * 30, "I say {}"), answers([True] * 35 + [False] * 5, "I say {}")
+    after[0] = answers([True])[0]
+    found = sentence(tmp_path, before, after)
+    assert found.startswith("Held-out accuracy, whatever the format, rose from 25.0 % to 87.5 %")
+
+
+def test_a_run_that_went_on_has_no_before(tmp_path):
+    run = evaluated_run(tmp_path / "run", {20: answers(BEFORE), 40: answers(BEFORE)})
+    found = summarize(run)
+    assert "25.0 % at step 20 and 25.0 % after" in found.sentence
+    assert "before" not in " ".join(fact.note for fact in found.facts)
+
+
+def with_best(tmp_path, best, last, **settings):
+    """A run whose last evaluation in training is `last`, and then that of the best checkpoint is `best`."""
+    run = evaluated_run(tmp_path / "run", {0: answers(BEFORE), 20: answers(AFTER), 40: last}, **settings)
+    run.evaluations.append(EvaluationRecord("after", 40, "heldout", figures_of(best)))
+    return run
+
+
+def test_the_best_checkpoint_is_not_the_last_step(tmp_path, undrawn):
+    run = with_best(tmp_path, answers(AFTER), answers([False] * 40), load_best_model_at_end=True)
+    found = summarize(run)
+    assert "to 87.5 %" in found.sentence
+    assert "best checkpoint" in found.further[0]
+    assert "at step 40 it was 0.0 %" in found.further[0]
+    accuracy = next(chart for chart in charts_of([run]) if chart.name == "accuracy:heldout")
+    assert accuracy.curves[0].y[-1] == 0  # what training came to is not hidden
+    assert "best checkpoint" in Page(render([run])).text
+
+
+def test_the_last_step_that_is_the_best_needs_no_word(tmp_path):
+    assert not summarize(
+        with_best(tmp_path / "a", answers(AFTER), answers(AFTER), load_best_model_at_end=True)
+    ).further
+    assert not summarize(with_best(tmp_path / "b", answers(AFTER), answers(BEFORE))).further
+
+
+def test_runs_on_different_problems_are_said_to_be(tmp_path, undrawn):
+    others = [replace(answer, id=f"other {answer.id}") for answer in answers(AFTER)]
+    runs = [evaluated_run(tmp_path / "one", {40: answers(AFTER)}), evaluated_run(tmp_path / "two", {40: others})]
+    assert "because the problems are others" in Page(render(runs)).text
+    runs[1] = evaluated_run(tmp_path / "three", {40: answers(BEFORE)})
+    assert "because the problems are others" not in Page(render(runs)).text
+
+
+def test_noise_is_seldom_taken_for_learning():
+    """Two means of two generations each differ by much now and then; at 5 % hardly ever in more than one of ten."""
+    told = 0
+    for seed in range(200):
+        numbers = random.Random(seed)
+        run = made_up_run(made_up_events(0))
+        statistics = made_up_run(steps=1).generations[0].statistics
+        for step in range(10):
+            right = numbers.gauss(0.5, 0.1)
+            run.generations.append(Generation(step, replace(statistics, right=right)))
+        told += "did not change" not in summarize(run).sentence
+    assert told < 20
 
 
 def test_without_evaluations_it_is_the_training_completions():
@@ -351,3 +460,22 @@ def test_how_far_a_run_has_come():
     stopped = [*events[:-1], {"event": "end", "step": 10, "time": 1010.0, "status": "stopped"}]
     assert "in 10 of 100 steps" in summarize(made_up_run(stopped)).sentence
     assert "stopped before its end" in summarize(made_up_run(stopped)).sentence
+
+
+def test_what_several_runs_have_in_common_is_said_once(tmp_path, undrawn):
+    runs = [read_record(write_record(tmp_path / name, steps=12)) for name in ("one", "two", "three")]
+    for step in runs[2].steps:
+        step.metrics["completions/clipped_ratio"] = 1.0
+    text = Page(render(runs)).text
+    assert text.count("No held-out problems were evaluated") == 1
+    assert text.count("Nothing found in one, two:") == 1
+    runs[1].about["rewards"][0]["weight"] = 9.0
+    assert "reward correctness_reward_func weight 4, correctness, full marks 2" in Page(render(runs)).text
+
+
+def test_names_cannot_turn_the_pages_own_words_around(tmp_path, undrawn):
+    events = json.loads(json.dumps(made_up_events(8)).replace("soft_format_reward_func", "turned\\u202earound"))
+    write_record(tmp_path / "run", events)
+    text = render([read_record(tmp_path / "run")])
+    assert "turned[U+202E]around" in text
+    assert "\u202e" not in text

@@ -1,6 +1,7 @@
 """`figures.jsonl`: the figures of a run's evaluations, in their order. Imports no torch."""
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,12 @@ class EvaluationRecord:
         try:
             content = json.loads(line)
             figures = Figures.from_dict(content["figures"])
+            numbers = [
+                figures.items,
+                *(value for found in figures.estimates.values() for value in vars(found).values()),
+            ]
+            if not all(map(math.isfinite, numbers)):
+                return None
             return cls(str(content["evaluation"]), int(content["step"]), str(content["set"]), figures)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return None

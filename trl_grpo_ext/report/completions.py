@@ -5,6 +5,7 @@ cannot be seen, or would turn the page's own text around (control characters, ma
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -102,12 +103,15 @@ class Problem:
             What became of it, such as `"turned right"`.
         completions (`list[Shown]`):
             By stage, by run, or of one group.
+        share (`str`):
+            Of how many problems the same became: those that are shown are chosen, and say nothing of it.
     """
 
     question: list[Segment]
     reference: str | None
     kind: str
     completions: list[Shown]
+    share: str = ""
 
 
 def segments_of(text: str, extracted: str | None = None) -> list[Segment]:
@@ -171,7 +175,7 @@ def answers_of(run: Run, record: EvaluationRecord) -> list[Answer]:
     file = Path(run.folder, FOLDER, answers_file(record.evaluation, record.step))
     try:
         answers = read_answers(file)
-        return [answer if answer.correct is not None else answer.graded() for answer in answers]
+        return [answer if None not in (answer.correct, answer.extracted) else answer.graded() for answer in answers]
     except (OSError, ValueError):
         return []
 
@@ -213,11 +217,13 @@ def heldout_problems(
     names = [stage for stage, _ in columns]
     kind_of = partial(_kind_of_runs, names) if are_runs else _kind_of
     kinds = {key: kind_of([answers[key] for _, answers in columns], convention) for key in ids}
+    counts = Counter(kinds.values())
     return [
         Problem(
             question=segments_of(shortened(_question(columns[-1][1][key].prompt))),
             reference=_reference(columns[-1][1][key].answer),
             kind=kinds[key],
+            share=f"as {counts[kinds[key]]:,} of {len(ids):,} problems",
             completions=[_of_answer(stage, answers[key], convention) for stage, answers in columns],
         )
         for key in _chosen(kinds)
@@ -272,7 +278,9 @@ def _question(prompt: Any) -> str:
     if prompt is None:
         return ""
     last = prompt[-1] if isinstance(prompt, list) and prompt else prompt
-    return (last if isinstance(last, str) else completion_to_text(last) or str(last.get("content", ""))).strip()
+    if isinstance(last, Mapping):
+        return (completion_to_text(last) or str(last.get("content", ""))).strip()
+    return (last if isinstance(last, str) else str(last)).strip()
 
 
 def _reference(reference: Any) -> str | None:

@@ -31,9 +31,9 @@ from .completions import (
     visible,
 )
 from .doctor import RULES, Finding, diagnose
-from .pictures import DASHES, MAX_POINTS, SERIES, Chart, charts_of, draw, span_of
+from .pictures import DASHES, MAX_POINTS, SERIES, WIDE, Chart, charts_of, dash_of, draw, span_of
 from .record import RECORD_FILE, Run
-from .summary import Summary, ends_of, evaluations_of, interval, summarize
+from .summary import Summary, ends_of, evaluations_of, interval, is_of_best, summarize
 
 
 TEMPLATE, SCRIPT = "page.html.jinja", "page.js"
@@ -150,6 +150,7 @@ def render(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["visible"] = visible
     script = (folder / SCRIPT).read_text(encoding="utf-8")
     names = names_of(runs)
     convention = judged_by(runs)
@@ -164,7 +165,7 @@ def render(runs: Sequence[Run]) -> str:
             past=_past_findings(run),
             byline=_byline(run),
             colour=number % SERIES + 1,
-            dash=DASHES[number // SERIES % len(DASHES)],
+            dash=DASHES[dash_of(number)] if len(runs) > 1 else "",
         )
         for number, (name, run, found) in enumerate(zip(names, runs, differences, strict=True))
     ]
@@ -176,8 +177,14 @@ def render(runs: Sequence[Run]) -> str:
         lasts = [answers[id(run)][1] for run in runs]
         tables = _results_of_several(runs, names, lasts)
         problems, in_training = heldout_problems(list(zip(names, lasts, strict=True)), convention, are_runs=True), []
+    missing: dict[str, list[str]] = {}
+    for part in parts:
+        for text in part.summary.missing:
+            missing.setdefault(text, []).append(part.name)
     return environment.get_template(TEMPLATE).render(
         parts=parts,
+        missing=missing,
+        healthy=[part.name for part in parts if not part.findings and not part.past],
         title=names[0] if len(runs) == 1 else f"{len(runs)} runs compared",
         sections=_sections(runs, names),
         tables=tables,
@@ -244,27 +251,44 @@ def _past_findings(run: Run) -> list[str]:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its drawing, and what its legend says."""
+    """A chart with its drawing, once more for a row of its own where it has one, and what its legend says."""
 
     chart: Chart
     svg: Any
+    wide: Any
     legend: list[tuple[str, int, str]]
 
 
-def _sections(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, list[Figure]]]:
+@dataclass(frozen=True)
+class Section:
+    """Charts that answer a question, and sentences for those of which there is nothing to see."""
+
+    title: str
+    figures: list[Figure]
+    sentences: list[str]
+
+
+def _sections(runs: Sequence[Run], names: Sequence[str]) -> list[Section]:
+    charts = charts_of(runs, names)
+    name_of = {id(chart): f"figure-{count}" for count, chart in enumerate(charts)}  # no text of a run is in a drawing
+    sections = []
+    for title, kinds in SECTIONS.items():
+        found = [chart for chart in charts if chart.name.partition(":")[0] in kinds]
+        drawn = [chart for chart in found if not chart.is_plain]
+        # The first one takes a row where otherwise the last would stand in half of one
+        figures = [_figure(chart, name_of[id(chart)], chart is drawn[0] and len(drawn) % 2 == 1) for chart in drawn]
+        if found:
+            sections.append(Section(title, figures, [chart.title for chart in found if chart.is_plain]))
+    return sections
+
+
+def _figure(chart: Chart, name: str, is_wide: bool) -> Figure:
     from markupsafe import Markup
 
-    sections: dict[str, list[Figure]] = {title: [] for title in SECTIONS}
-    section_of = {name: title for title, kinds in SECTIONS.items() for name in kinds}
-    for number, chart in enumerate(charts_of(runs, names)):
-        legend = [(curve.label, curve.colour + 1, DASHES[curve.dash % len(DASHES)]) for curve in chart.curves]
-        svg = draw(replace(chart, name=f"figure-{number}"))
-        sections[section_of[chart.name.partition(":")[0]]].append(
-            Figure(
-                chart, Markup(svg), legend if len(legend) > 1 or chart.is_stacked else []
-            )  # no text of a run is in it
-        )
-    return [(title, figures) for title, figures in sections.items() if figures]
+    legend = [(curve.label, curve.colour + 1, DASHES[curve.dash % len(DASHES)]) for curve in chart.curves]
+    svg = Markup(draw(replace(chart, name=name)))
+    wide = Markup(draw(replace(chart, name=f"{name}-wide"), WIDE)) if is_wide else ""
+    return Figure(chart, svg, wide, legend if len(legend) > 1 or chart.is_stacked else [])
 
 
 def _smoothing(runs: Sequence[Run]) -> str:
@@ -273,7 +297,11 @@ def _smoothing(runs: Sequence[Run]) -> str:
     if span < 3:
         return ""
     behind = "each step" if longest <= MAX_POINTS else "the range of the steps"
-    return f"Strong lines are running means over about {span:.0f} steps; behind them, faintly, {behind}."
+    return (
+        f"Strong lines are running means over about {span:.0f} steps; behind them, faintly, {behind}. "
+        "From and to in titles are means of the first and the last tenth; of held-out accuracy, the first and the "
+        "last value."
+    )
 
 
 # Tables of figures
@@ -336,7 +364,7 @@ def _results_of_one(run: Run, differences: dict[str, Difference]) -> list[Table]
             if paired:
                 cells.append(_difference_cell(paired.get(figure)))
             rows.append(_row(figure, cells))
-        heads = [_when(record) for record in ends] + (["difference, paired"] if paired else [])
+        heads = [_when(run, record) for record in ends] + (["difference, paired"] if paired else [])
         items = last.figures.items
         tables.append(_table(f"{visible(name)}: {items:,} problems, in %, with 95 % intervals", heads, rows))
     return tables
@@ -348,7 +376,9 @@ def _table(title: str, heads: list[str], rows: list[Row], note: str = "") -> Tab
     return Table(title, heads, brief, note, [row for row in rows if row not in brief])
 
 
-def _when(record: EvaluationRecord) -> str:
+def _when(run: Run, record: EvaluationRecord) -> str:
+    if is_of_best(run, record):
+        return "after, best checkpoint"
     return {"before": "before", "after": f"after {record.step} steps"}.get(record.evaluation, f"step {record.step}")
 
 
@@ -363,26 +393,33 @@ def _results_of_several(runs: Sequence[Run], names: Sequence[str], answers: Sequ
             for figure in _figures_shown(found)
         ]
         heads = [
-            f"{run_name}, {_when(record)}" if record else run_name
-            for run_name, record in zip(names, lasts, strict=True)
+            f"{run_name}, {_when(run, record)}" if record else run_name
+            for run, run_name, record in zip(runs, names, lasts, strict=True)
         ]
         items = " or ".join(sorted({f"{record.figures.items:,}" for record in found}))
-        tables.append(_table(f"{visible(name)}: {items} problems, in %, with 95 % intervals", heads, rows))
-        if number == 0:
-            tables += _paired(names, answers)
+        title = f"{visible(name)}: {items} problems, in %, with 95 % intervals"
+        paired, unpaired = _paired(names, answers) if number == 0 else ([], "")
+        tables += [_table(title, heads, rows, note=unpaired), *paired]
     tables.append(_costs_of_several(runs, names))
     return tables
 
 
-def _paired(names: Sequence[str], answers: Sequence[Sequence[Answer]]) -> list[Table]:
-    """Each run against the first, on the same problems."""
+def _paired(names: Sequence[str], answers: Sequence[Sequence[Answer]]) -> tuple[list[Table], str]:
+    """Each run against the first, on the same problems; and in a sentence which of them cannot be."""
     found = {
         name: differences
         for name, of_run in zip(names[1:], answers[1:], strict=True)
         if (differences := _differences(answers[0], of_run))
     }
+    others = [name for name, of_run in zip(names[1:], answers[1:], strict=True) if of_run and name not in found]
+    unpaired = (
+        f"Not compared with {names[0]} problem by problem, because the problems are others or their answers are not "
+        f"there: {', '.join(others)}. Figures of different problems say little about which run is better."
+        if others
+        else ""
+    )
     if not found:
-        return []
+        return [], unpaired
     figures = dict.fromkeys(name for differences in found.values() for name in differences)
     chosen = [
         name
@@ -390,15 +427,21 @@ def _paired(names: Sequence[str], answers: Sequence[Sequence[Answer]]) -> list[T
         if name in FIGURES or (name.startswith(("mean@", "pass@", "maj@")) and not name.endswith("@1"))
     ]
     rows = [_row(name, [_difference_cell(of_run.get(name)) for of_run in found.values()]) for name in chosen]
-    shared = len(set(first_answers(answers[0])) & set().union(*(first_answers(of_run) for of_run in answers[1:])))
+    ids = set(first_answers(answers[0]))
+    shared = {
+        len(ids & set(first_answers(of_run)))
+        for name, of_run in zip(names[1:], answers[1:], strict=True)
+        if name in found
+    }
+    count = " or ".join(f"{number:,}" for number in sorted(shared))
     return [
         _table(
             f"Difference to {names[0]}, problem by problem, in points with 95 % intervals",
             list(found),
             rows,
-            note=f"{shared:,} problems are in both. Where an interval leaves out 0, the difference can be told.",
+            note=f"{count} problems are in both. Where an interval leaves out 0, the difference can be told.",
         )
-    ]
+    ], unpaired
 
 
 def _costs_of_several(runs: Sequence[Run], names: Sequence[str]) -> Table:
@@ -419,7 +462,7 @@ def _problems_of_one(run: Run, ends: tuple[list[Answer], list[Answer]], conventi
     columns = []
     for record in stages:
         answers = ends[0] if record is stages[0] else ends[1] if record is stages[-1] else answers_of(run, record)
-        columns.append((_when(record), answers))
+        columns.append((_when(run, record), answers))
     return heldout_problems(columns, convention)
 
 
@@ -439,7 +482,7 @@ def _differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """What is not the same in all runs: settings, and the model, data, rewards and versions."""
     if len(runs) == 1:
         return []
-    flat = [_flat({key: value for key, value in run.about.items() if key != "settings"}) for run in runs]
+    flat = [_facts_about(run) for run in runs]
     tables = [
         of_run | {str(name): value for name, value in run.settings.items()}
         for of_run, run in zip(flat, runs, strict=True)
@@ -464,14 +507,19 @@ def _flat(about: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _about(run: Run) -> list[tuple[str, str]]:
+def _facts_about(run: Run) -> dict[str, Any]:
+    """What is known of a run beside its settings; a row for each reward."""
     rewards = {
         f"reward {reward.name}": f"weight {reward.weight:g}, {reward.kind}"
         + ("" if reward.full_marks is None else f", full marks {reward.full_marks:g}")
         for reward in run.rewards
     }
     rest = _flat({key: value for key, value in run.about.items() if key not in ("settings", "rewards")})
+    return rest | rewards
+
+
+def _about(run: Run) -> list[tuple[str, str]]:
     return [
         (visible(name), f"{value:,}" if isinstance(value, int) else _text(value))
-        for name, value in (rest | rewards).items()
+        for name, value in _facts_about(run).items()
     ]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .record import Run
-from .summary import convention_of, duration, evaluations_of, is_changed
+from .summary import convention_of, duration, evaluations_of, is_changed, is_of_best, percent
 
 
 # CSS variables by the colours that stand for them while matplotlib draws; of curves there are as many as SERIES.
@@ -27,12 +27,14 @@ _COLOURS = {f"--c{number + 1}": f"#01010{number + 1}" for number in range(SERIES
     "--soft": "#020202",
     "--line": "#020203",
     "--grid": "#020204",
+    "--paper": "#020205",
 }
 DASHES = ("", "5 3.5", "1.5 2", "7 2 1.5 2", "9 3", "3 1.5")
 # A point of a curve for each of so many stretches is as much as can be seen.
 MAX_POINTS = 300
 MAX_BARS = 12
 WIDTH, HEIGHT = 400, 228  # pixels
+WIDE = 832  # of a chart that has a row to itself
 STEP = "optimizer step"
 PERCENT = "% of {}"
 
@@ -58,6 +60,8 @@ class Curve:
             Whether the points are marked: measured there alone.
         is_thin (`bool`):
             Whether it is less important than the others.
+        has_band (`bool`):
+            Whether the intervals of its points are joined.
     """
 
     label: str
@@ -70,6 +74,7 @@ class Curve:
     is_noisy: bool = True
     has_points: bool = False
     is_thin: bool = False
+    has_band: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ class Chart:
             How far the horizontal axis goes at least: all charts of a run as far.
         stretches (`int`):
             Areas are means over so many stretches: single steps jump too much to be stacked.
+        is_plain (`bool`):
+            Whether the title says it all, so that there is nothing to see: a line of text does.
     """
 
     name: str
@@ -112,6 +119,7 @@ class Chart:
     marks: list[tuple[float, str]] = field(default_factory=list)
     last_x: float = 0
     stretches: int = 60
+    is_plain: bool = False
 
 
 def charts_of(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[Chart]:
@@ -137,7 +145,7 @@ def charts_of(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[C
     last_x = max((run.last_step for run in runs), default=0)
     if len(runs) == 1:
         return [replace(chart, last_x=last_x) for build in builders for chart in build(runs[0])]
-    # Each run's charts, put together by their names: a colour for each run, a dash for each curve
+    # Each run's charts, put together by their names: a colour for each run, and no dash twice where they suffice
     found: dict[str, list[tuple[int, Chart]]] = {}
     for number, run in enumerate(runs):
         for build in builders:
@@ -161,9 +169,10 @@ def _over_one_another(charts: list[tuple[int, Chart]], names: Sequence[str]) -> 
                     curve,
                     label=label,
                     colour=number % SERIES,
-                    dash=dash if len(chosen) > 1 else number // SERIES,
+                    dash=dash_of(number) if len(chosen) == 1 else number * len(chosen) + dash,
                     low=curve.low if curve.has_points else None,
                     high=curve.high if curve.has_points else None,
+                    has_band=curve.has_band and len(charts) <= 3,  # of more runs they hide each other
                 )
             )
     marks = first.marks if all(chart.marks == first.marks for _, chart in charts) else []
@@ -171,7 +180,14 @@ def _over_one_another(charts: list[tuple[int, Chart]], names: Sequence[str]) -> 
     if first.is_stacked:
         note = "The sum of all parts; the parts are in each run's own report."
     title = _TITLES.get(first.name, first.title if len(charts) == 1 else _subject(first))
-    return replace(first, title=title, curves=curves, is_stacked=False, note=note, marks=marks)
+    is_plain = all(chart.is_plain and chart.title == first.title for _, chart in charts)
+    title = f"In all runs: {first.title}" if is_plain else title
+    return replace(first, title=title, curves=curves, is_stacked=False, note=note, marks=marks, is_plain=is_plain)
+
+
+def dash_of(number: int) -> int:
+    """Which of `DASHES` a run has, so that it is known without its colour."""
+    return (number + number // SERIES) % len(DASHES)
 
 
 # What a chart of several runs is called: it has no one thing to see.
@@ -211,8 +227,11 @@ def _total(chart: Chart) -> Curve:
 
 def _accuracies(run: Run) -> Iterable[Chart]:
     for number, name in enumerate(dict.fromkeys(record.set for record in run.evaluations)):
-        records = evaluations_of(run, name)
+        records = [record for record in evaluations_of(run, name) if not is_of_best(run, record)]
         main = convention_of(records)
+        records = [record for record in records if main in record.figures.estimates]
+        if not records:
+            continue
         shown = [main, "answer" if main == "strict" else "strict"]
         shown += [found for found in records[-1].figures.estimates if found.startswith("mean@")][:1]
         curves: list[Curve] = []
@@ -224,11 +243,14 @@ def _accuracies(run: Run) -> Iterable[Chart]:
                 if spot and np.array_equal(y, curves[0].y):  # all answers are in tags
                     curves[0] = replace(curves[0], label=f"{curves[0].label}, {metric}")
                     continue
-                curves.append(Curve(metric, x, y, low, high, spot, spot, is_noisy=False, has_points=True))
+                curves.append(
+                    Curve(metric, x, y, low, high, spot, spot, is_noisy=False, has_points=True, has_band=not spot)
+                )
         right = _of_generations(run, lambda statistics: _hundred(statistics.right))
         if number == 0 and len(right[0]) > 1:
-            curves.append(Curve("right in training", *right, colour=5, is_thin=True))
+            curves.append(Curve("right in training", *right, colour=5, dash=5, is_thin=True))
         if curves:
+            highest = max(float((curve.y if curve.high is None else curve.high).max()) for curve in curves)
             items = records[-1].figures.items
             yield Chart(
                 f"accuracy:{name}",
@@ -237,23 +259,27 @@ def _accuracies(run: Run) -> Iterable[Chart]:
                 curves,
                 note=f"{items:,} held-out problems, with 95 % intervals. Under strict an answer counts in its tag "
                 "alone, under answer wherever it stands.",
-                limits=(0, 100),
+                limits=(0, 100 if highest > 25 else None),  # a few percent are seen from near alone
             )
 
 
 def _accuracy_title(records: list[Any], metric: str, name: str) -> str:
     subject = f"Held-out accuracy ({name})" if name else "Held-out accuracy"
-    estimates = [(record.step, record.figures.estimates[metric]) for record in records]
-    if len(estimates) == 1:
-        return f"{subject} is {100 * estimates[0][1].mean:.0f} % at step {estimates[0][0]}"
-    (_, first), (last_step, last) = estimates[0], estimates[-1]
-    if not is_changed(first, last):
-        return f"{subject} did not change beyond its interval"
-    verb = "rose" if last.mean > first.mean else "fell"
-    reached = next(step for step, estimate in estimates if not is_changed(estimate, last))  # as far as can be told
-    if len(estimates) > 2 and reached < last_step:
-        return f"{subject} {verb} until step {reached}"
-    return f"{subject} {verb} from {100 * first.mean:.0f} to {100 * last.mean:.0f} %"
+    means = [record.figures.estimates[metric].mean for record in records]
+    first, last = records[0], records[-1]
+    if len(records) == 1:
+        return f"{subject} is {percent(means[0])} at step {first.step}"
+    ends = f"{percent(means[0])} at first and {percent(means[-1])} at last"
+    way = 1 if means[-1] >= means[0] else -1
+    far = max(range(len(means)), key=lambda spot: way * means[spot])
+    if is_changed(records[far], last, metric):  # it went further than where it ended
+        there = f"{'highest' if way > 0 else 'lowest'} at step {records[far].step}, {percent(means[far])}"
+        return f"{subject} was {there}; it was {ends}"
+    if not is_changed(first, last, metric):
+        return f"{subject} was {ends}: the intervals overlap"
+    reached = next(record.step for record in records if not is_changed(record, last, metric))
+    until = f", not measurably after step {reached}" if len(records) > 2 and reached < last.step else ""
+    return f"{subject} {'rose' if way > 0 else 'fell'} from {percent(means[0])} to {percent(means[-1])}{until}"
 
 
 def _format_and_correctness(run: Run) -> Iterable[Chart]:
@@ -276,20 +302,29 @@ def _format_and_correctness(run: Run) -> Iterable[Chart]:
 
 
 def _format_title(right: np.ndarray, formatted: np.ndarray) -> str:
-    (r0, r1), (f0, f1) = _ends(right), _ends(formatted)
     if not len(formatted):
         return f"Correctness in training {_course(right, '{:.0f} %')}"
     if not len(right):
         return f"Format in training {_course(formatted, '{:.0f} %')}"
-    rises, forms = _is_trend(right) and r1 > r0, _is_trend(formatted) and f1 > f0
-    if forms and rises:
-        first = "Format came first, correctness after it" if _half_way(formatted) < _half_way(right) * 0.8 else ""
-        return first or "Format and correctness rose together"
-    if forms:
-        return "Format rose, correctness did not"
-    if rises:
-        return "Correctness rose; format was there" if f0 >= 80 else "Correctness rose, format did not"
-    return "Neither format nor correctness rose"
+    ways = {"correctness": _way(right), "format": _way(formatted)}
+    if ways["correctness"] == ways["format"] == 1:
+        is_first = _half_way(formatted) < _half_way(right) * 0.8
+        return f"Format and correctness rose{', format sooner' if is_first else ' together'}"
+    rising, falling = ([name for name, way in ways.items() if way == wanted] for wanted in (1, -1))
+    steady = [
+        f"{name} stayed at about {values.mean():.0f} %"
+        for name, values in (("correctness", right), ("format", formatted))
+        if ways[name] == 0
+    ]
+    parts = [f"{name} {verb}" for names, verb in ((rising, "rose"), (falling, "fell")) for name in names] + steady
+    title = ", ".join(parts)
+    return title[0].upper() + title[1:]
+
+
+def _way(percents: np.ndarray) -> int:
+    """Whether a share rose (1), fell (-1) or did neither: by two points at least, else there is nothing to see."""
+    first, last = _ends(percents)
+    return int(np.sign(last - first)) if _is_trend(percents) and abs(last - first) >= 2 else 0
 
 
 def _rewards(run: Run) -> Iterable[Chart]:
@@ -316,6 +351,7 @@ def _rewards(run: Run) -> Iterable[Chart]:
             note=f"Mean, and one standard deviation of the completions to each side.{weight}",
             limits=(min(0.0, float(low.min())), full * 1.05 if full is not None and full > high.max() * 0.5 else None),
             marks=[(full, "full marks")] if full is not None else [],
+            is_plain=len(y) > 1 and not std.any() and float(np.ptp(y)) == 0,
         )
 
 
@@ -344,8 +380,10 @@ def _groups(run: Run) -> Iterable[Chart]:
     most = max(parts, key=lambda name: parts[name][0][-late:].sum())
     now = 100 * silent[-late:].sum() / groups[-late:].sum()
     title = f"{share:.0f} % of groups carried no signal" if share >= 0.5 else "Nearly every group carried signal"
+    title = title if silent.any() else "Every group carried signal"
     if now >= 10:
-        title = f"{now:.0f} % of groups carry no signal at last, most of them {most}"
+        is_most = parts[most][0][-late:].sum() > silent[-late:].sum() / 2
+        title = f"{now:.0f} % of groups carry no signal at last{f', most of them {most}' if is_most else ''}"
     yield Chart(
         "groups",
         title,
@@ -355,6 +393,7 @@ def _groups(run: Run) -> Iterable[Chart]:
         is_stacked=True,
         limits=(0, 100),
         stretches=30,
+        is_plain=not silent.any(),
     )
 
 
@@ -376,10 +415,9 @@ def _lengths(run: Run) -> Iterable[Chart]:
     x, y = _series(run, "completions/clipped_ratio")
     if len(x):
         y = 100 * y
-        last = _ends(y)[1]
-        title = f"{last:.0f} % of completions are cut off at last" if last >= 0.5 else "Few completions are cut off"
-        if y.max() == 0:
-            title = "No completion was cut off"
+        title = f"The share that is cut off {_course(y, '{:.0f} %')}"
+        if max(y.mean(), *_ends(y)) < 0.5:
+            title = "Few completions were cut off" if y.any() else "No completion was cut off"
         yield Chart(
             "truncated",
             title,
@@ -387,12 +425,15 @@ def _lengths(run: Run) -> Iterable[Chart]:
             [Curve("cut off", x, y)],
             note="Completions that had not ended when they reached the longest length.",
             limits=(0, max(5.0, min(100.0, float(y.max()) * 1.15))),
+            is_plain=not y.any(),
         )
 
 
 def _passes(run: Run) -> Iterable[Chart]:
     planned = run.settings.get("num_iterations")
     kl, clipped = _by_pass(run, "approx_kl", 1), _by_pass(run, "clip_ratio", 100)
+    if len(kl) == 1 and not kl[0].y.any():  # a first pass alone begins where the policy generated
+        kl = []
     if kl:
         target = _number(run, "target_kl")
         last = kl[-1]
@@ -402,7 +443,8 @@ def _passes(run: Run) -> Iterable[Chart]:
             "KL from the old policy, nats a token",
             kl,
             note="How far the policy is from the one that generated, measured at the beginning of each pass."
-            + (f" Beyond {target:g} no further pass begins." if target is not None else ""),
+            + (f" Beyond {target:g} no further pass begins." if target is not None else "")
+            + _seldom(kl),
             limits=(0, None),
             marks=[(target, "target_kl")] if target is not None else [],
         )
@@ -417,32 +459,44 @@ def _passes(run: Run) -> Iterable[Chart]:
             title if max(curve.y.max() for curve in clipped) > 0 else "The clip never bound",
             PERCENT.format("tokens"),
             clipped,
-            note="Tokens whose ratio to the old policy is beyond epsilon, so that they no longer push.",
+            note="Tokens whose ratio to the old policy is beyond epsilon, so that they no longer push."
+            + _seldom(clipped),
             limits=(0, None),
+            is_plain=not any(curve.y.any() for curve in clipped),
         )
     x, y = _series(run, "rollouts/iterations_used")
-    if len(x):
+    if len(x) and planned != 1:
         mean = float(y.mean())
-        all_used = isinstance(planned, int) and mean > planned - 0.005
+        all_used = isinstance(planned, int) and bool((y == planned).all())
         of = f" of {planned}" if isinstance(planned, int) else ""
         yield Chart(
             "passes",
-            f"All {planned} passes were used" if all_used else f"{mean:.1f}{of} passes were used on average",
+            f"All {planned} passes over each batch were used"
+            if all_used
+            else f"{mean:.1f}{of} passes were used on average",
             "passes over a batch",
             [Curve("used", x, y)],
             note="Passes over each batch of completions; target_kl can end them early.",
             limits=(0, (planned if isinstance(planned, int) else float(y.max())) * 1.15),
+            is_plain=all_used,
         )
     x, y = _series(run, "kl")
     if len(x) and y.any():
         yield Chart(
             "reference",
-            f"The distance to the reference policy {_course(y, '{:.3f}', 'nats')}",
+            f"The distance to the reference policy {_course(y, '{:.2g}', 'nats')}",
             "KL to the reference, nats a token",
             [Curve("KL", x, y)],
             note="What beta holds back.",
             limits=(min(0.0, float(y.min())), None),
         )
+
+
+def _seldom(passes: list[Curve]) -> str:
+    """How often the last pass took place, where the first one did more often: its means are of these alone."""
+    first, last = passes[0], passes[-1]
+    times, count = len(last.x), len(first.x)
+    return f" Of {count:,} batches, {times:,} had a {last.label}." if times < count else ""
 
 
 def _by_pass(run: Run, metric: str, scale: float) -> list[Curve]:
@@ -474,7 +528,7 @@ def _optimizer(run: Run) -> Iterable[Chart]:
     if len(x):
         yield Chart(
             "entropy",
-            f"Entropy {_course(y, '{:.2f}', 'nats')}",
+            f"Entropy {_course(y, '{:.2g}', 'nats')}",
             "entropy, nats a token",
             [Curve("mean", x, y)],
             note="How undecided the policy is about its next token. Near 0 it no longer explores.",
@@ -494,21 +548,23 @@ def _optimizer(run: Run) -> Iterable[Chart]:
             marks=[(limit, "max_grad_norm")] if limit is not None else [],
         )
     x, y = _series(run, "learning_rate")
-    if len(x) and y.max() > 0:
-        power = math.floor(math.log10(y.max()))
+    if len(x):
+        first, most, last = (_tick(float(value)) for value in (y[0], y.max(), y[-1]))
+        if y.max() > max(y[0], y[-1]):
+            title = f"The learning rate rose from {first} to {most} and is {last} at last"
+        elif y[0] == y[-1]:
+            title = f"The learning rate is {first} at both ends"
+        else:
+            title = f"The learning rate {'fell' if y[-1] < y[0] else 'rose'} from {first} to {last}"
+        is_plain = float(np.ptp(y)) == 0
         yield Chart(
             "rate",
-            f"The learning rate began at {y[0]:.2g}, was {y.max():.2g} at most and is {y[-1]:.2g} at last"
-            if y.max() > max(y[0], y[-1])
-            else f"The learning rate {'fell' if y[-1] < y[0] else 'rose' if y[-1] > y[0] else 'stayed the same:'} "
-            f"{f'from {y[0]:.2g} to {y[-1]:.2g}' if y[0] != y[-1] else f'{y[0]:.2g}'}",
-            f"learning rate, 10{str(power).translate(_SUPERSCRIPTS)} a step",
-            [Curve("rate", x, y / 10.0**power, is_noisy=False)],
+            f"The learning rate stayed at {first}" if is_plain else title,
+            "learning rate",
+            [Curve("rate", x, y, is_noisy=False)],
             limits=(0, None),
+            is_plain=is_plain,
         )
-
-
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def _costs(run: Run) -> Iterable[Chart]:
@@ -598,9 +654,10 @@ def _is_trend(values: np.ndarray) -> bool:
     """Whether the ends differ by more than noise: by two standard errors of tenths, see [`_ends`]."""
     if len(values) < 4:
         return False
-    size = max(1, len(values) // 10)
     first, last = _ends(values)
-    noise = float(np.std(np.diff(values))) / math.sqrt(2)  # of single steps, with the trend left out
+    values = values[np.concatenate([[True], np.diff(values) != 0])]  # passes over a batch repeat its numbers
+    size = max(1, len(values) // 10)
+    noise = float(np.std(np.diff(values))) / math.sqrt(2) if len(values) > 1 else 0.0  # the trend left out
     return abs(last - first) > max(2 * noise * math.sqrt(2 / size), 1e-9 * abs(first))
 
 
@@ -616,8 +673,8 @@ def _course(values: np.ndarray, form: str, unit: str = "", stays: str = "stayed 
     first, last = (form.format(value) for value in _ends(values))
     if len(values) == 1:
         return f"is {first}{unit}"
-    if not values.any():
-        return f"stayed at 0{unit}"
+    if float(np.ptp(values)) == 0:
+        return f"{'were all' if stays == 'were' else 'stayed at'} {first if values.any() else 0}{unit}"
     if not _is_trend(values) or first == last:
         middle = form.format(float(values.mean()))
         return f"{'were about' if stays == 'were' else stays} {middle}{unit}"
@@ -653,7 +710,7 @@ def _stretches(values: np.ndarray, count: int) -> list[np.ndarray]:
 # From a chart to SVG.
 
 
-def draw(chart: Chart) -> str:
+def draw(chart: Chart, width: int = WIDTH) -> str:
     """A chart as an `<svg>` element, whose colours are CSS variables of the page."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -668,31 +725,32 @@ def draw(chart: Chart) -> str:
         "path.simplify_threshold": 0.5,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)
+        figure = Figure(figsize=(width / 72, HEIGHT / 72), dpi=72)
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((44 / WIDTH, 40 / HEIGHT, (WIDTH - 56) / WIDTH, (HEIGHT - 68) / HEIGHT))
+        axes = figure.add_axes((44 / width, 40 / HEIGHT, (width - 56) / width, (HEIGHT - 68) / HEIGHT))
         if chart.is_stacked:
             _draw_areas(axes, chart)
         else:
             for curve in chart.curves:
                 _draw_curve(axes, curve, span_of(max(chart.last_x, curve.x[-1])))
-        _dress(axes, chart)
+        _dress(axes, chart, width)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format")))
-    return _to_page(buffer.getvalue(), chart)
+    return _to_page(buffer.getvalue(), chart, width)
 
 
 def _draw_curve(axes: Any, curve: Curve, span: float) -> None:
     colour, dashes = _COLOURS[f"--c{curve.colour + 1}"], _dashes(curve.dash)
     x, y = curve.x, curve.y
     if curve.has_points:
-        many = len(x) > MAX_BARS
-        if curve.low is not None and curve.high is not None and not many:
-            axes.vlines(x, curve.low, curve.high, color=colour, linewidth=1.1, alpha=0.55)
-        elif curve.low is not None and curve.high is not None:
-            axes.fill_between(x, curve.low, curve.high, color=colour, alpha=0.14, linewidth=0)
-        axes.plot(x, y, color=colour, linewidth=1.8, dashes=dashes, clip_on=False)
-        axes.plot(x, y, color=colour, linewidth=0, marker="o", markersize=2.5 if many else 4.5, clip_on=False)
+        if curve.low is not None and curve.high is not None:
+            if curve.has_band or len(x) > MAX_BARS:  # of further curves the bars alone: bands would hide each other
+                axes.fill_between(x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+            if len(x) <= MAX_BARS:  # measured at a few steps: where, and how exactly
+                bars = np.vstack([y - curve.low, curve.high - y]).clip(0)
+                axes.errorbar(x, y, bars, color=colour, linewidth=0, elinewidth=1.2, capsize=3.5, clip_on=False)
+        axes.plot(x, y, color=colour, linewidth=1.6, dashes=dashes, clip_on=False)
+        axes.plot(x, y, color=colour, linewidth=0, marker="o", markersize=2.5, clip_on=False)
         return
     window = window_of(x, span) if curve.is_noisy else 1
     smooth = running_mean(y, window)
@@ -721,7 +779,16 @@ def _draw_areas(axes: Any, chart: Chart) -> None:
             axes.bar(x, above - below, bottom=below, color=colour, alpha=0.7, width=0.5)
         else:
             axes.fill_between(x, below, above, color=colour, alpha=0.75, linewidth=0)
+            axes.plot(x, above, color=_COLOURS["--paper"], linewidth=1)
         below = above
+
+
+def _tick(value: float) -> str:
+    """A small number as people write learning rates, such as `"2e-4"`."""
+    if not 0 < abs(value) < 0.01:
+        return f"{value:.3g}"
+    digits, _, power = f"{value:.2e}".partition("e")
+    return f"{float(digits):g}e{int(power)}"
 
 
 def _means(x: np.ndarray) -> np.ndarray:
@@ -737,7 +804,7 @@ def _dashes(number: int) -> tuple[Any, ...]:
     return tuple(float(part) / 1.8 for part in found.split()) if found else (None, None)
 
 
-def _dress(axes: Any, chart: Chart) -> None:
+def _dress(axes: Any, chart: Chart, width: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     soft, line, grid = _COLOURS["--soft"], _COLOURS["--line"], _COLOURS["--grid"]
@@ -759,13 +826,14 @@ def _dress(axes: Any, chart: Chart) -> None:
     axes.tick_params(axis="both", length=0, pad=6, colors=soft)
     axes.tick_params(axis="x", length=3, color=line)
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    is_small = axes.get_ylim()[1] < 2e-3
+    axes.yaxis.set_major_formatter(lambda value, _: _tick(value) if is_small else f"{value:,.6g}")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 3, 5, 10]))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel(chart.x_label, color=soft, loc="right", labelpad=4, parse_math=False)
     # Above the axis, where it can be read without turning one's head
     axes.text(0, 1, chart.y_label, transform=axes.transAxes, color=soft, va="bottom", parse_math=False).set_position(
-        (-44 / (WIDTH - 56), 1.045)
+        (-44 / (width - 56), 1.045)
     )
 
 
@@ -780,9 +848,9 @@ _LONG_NUMBER = re.compile(r"(\d+\.\d\d)\d+(?!\d*<)")  # a coordinate, and not a 
 _SPACE = re.compile(r"\s+")
 
 
-def _to_page(svg: str, chart: Chart) -> str:
+def _to_page(svg: str, chart: Chart, width: int) -> str:
     opening = (
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
+        f'<svg class="plot" viewBox="0 0 {width} {HEIGHT}" width="{width}" height="{HEIGHT}" role="img" '
         f'aria-label="{escape(f"{chart.y_label} over {chart.x_label}", quote=True)}" '
         'xmlns:xlink="http://www.w3.org/1999/xlink">'
     )

@@ -2,18 +2,21 @@
 
 **Which figure.** Held-out accuracy, of the first set of problems, before training and at the latest evaluation:
 under `strict`, which wants the answer in its tags, as training with this package's format rewards does; under `answer`
-where no answer is ever right under `strict`, because the run asks for another format. Without two evaluations it is
+where hardly any is ever right under `strict` (at its best not a tenth of what `answer` comes to), because the run asks
+for another format. With `load_best_model_at_end` the latest is of the best checkpoint, and that is said; curves show
+what was measured in training. Without two evaluations it is
 the share of right training completions, or else the training reward, of the first and the last fifth of generations.
 
 **Whether it changed.** Held-out: if the 95 % interval of the paired difference leaves out 0 (and for verdicts,
 McNemar's test agrees), see [`trl_grpo_ext.evaluation.comparison`]; where the answers are not at hand, if the two
-figures' intervals do not overlap. In training: if the means of the two fifths are more than 1.96 standard errors of
-their difference apart. Everything else "did not change measurably".
+figures' intervals do not overlap; and never of fewer than six problems, too few for any such test. In training: if the
+means of the two fifths differ by Welch's test at 5 %. Everything else "did not change measurably".
 
-**Format or method.** Only for a rise under `strict`. What accuracy rose by under `answer`, for which tags do not
+**Format or method.** Only for a change under `strict`. What accuracy rose by under `answer`, for which tags do not
 matter, was method: more problems are solved. The rest of the rise under `strict` was format: answers that were found
 before, and are now in their tags. From two thirds up "most of it was" the one, below a third the other, and between
-"about half". If the rise under `answer` cannot be told from 0, it was format as far as can be told.
+"about half". If the rise under `answer` cannot be told from 0, it was format as far as can be told. Of a fall it is
+said that format was lost, where there is none under `answer`.
 """
 
 import math
@@ -23,11 +26,12 @@ from statistics import fmean, variance
 
 from ..evaluation.comparison import Difference
 from ..evaluation.figures import Estimate
-from ..evaluation.history import EvaluationRecord
+from ..evaluation.history import AFTER, EvaluationRecord
 from .record import Run
 
 
 MOST = 2 / 3
+MIN_ITEMS = 6  # with fewer, even if all of them turn right, McNemar's test finds nothing
 
 
 @dataclass(frozen=True)
@@ -84,23 +88,40 @@ def ends_of(run: Run) -> tuple[EvaluationRecord, EvaluationRecord] | None:
 
 
 def evaluations_of(run: Run, name: str | None = None) -> list[EvaluationRecord]:
-    """The evaluations of a set of problems, the first set by default, one a step, by step."""
+    """The evaluations of a set of problems, the first set by default, one a step, by step; that of the best checkpoint
+    comes last, beside the last step's own."""
     if name is None:
         name = next((record.set for record in run.evaluations), None)
-    by_step = {record.step: record for record in run.evaluations if record.set == name}
-    return [by_step[step] for step in sorted(by_step)]
+    found = {(r.step, is_of_best(run, r)): r for r in run.evaluations if r.set == name}
+    return [found[key] for key in sorted(found)]
+
+
+def is_of_best(run: Run, record: EvaluationRecord) -> bool:
+    """Whether an evaluation after training was of the best checkpoint's weights, and not of those of the last step."""
+    if record.evaluation != AFTER or run.settings.get("load_best_model_at_end") is not True:
+        return False
+    in_training = [other for other in run.evaluations if other.set == record.set and other.evaluation != AFTER]
+    return bool(in_training) and (in_training[-1].step, in_training[-1].figures) != (record.step, record.figures)
 
 
 def convention_of(records: Sequence[EvaluationRecord]) -> str:
     """The convention that a run is judged by, see the module."""
-    strict = [record.figures.estimates["strict"].mean for record in records if "strict" in record.figures.estimates]
-    return "strict" if any(mean > 0 for mean in strict) else "answer"
+    strict, answer = (
+        max((r.figures.estimates[name].mean for r in records if name in r.figures.estimates), default=0.0)
+        for name in ("strict", "answer")
+    )
+    return "strict" if strict > 0 and strict >= answer / 10 else "answer"
 
 
-def is_changed(before: Estimate, after: Estimate, difference: Difference | None = None) -> bool:
-    """Whether a figure changed measurably, see the module."""
+def is_changed(
+    first: EvaluationRecord, last: EvaluationRecord, name: str, difference: Difference | None = None
+) -> bool:
+    """Whether a figure of both changed measurably, see the module."""
+    if min(first.figures.items, last.figures.items) < MIN_ITEMS:
+        return False
     if difference is not None:
         return difference.better is not None
+    before, after = first.figures.estimates[name], last.figures.estimates[name]
     return before.high < after.low or after.high < before.low
 
 
@@ -152,33 +173,60 @@ def _of_evaluations(
     if before is None or after is None:
         return _of_training(run)
     name = "Held-out accuracy" if convention == "strict" else "Held-out accuracy, whatever the format,"
-    since = "" if first.step == 0 else f" from step {first.step}"
     span = steps_of(run) if last.step >= run.last_step else f"up to step {last.step}"
-    if not is_changed(before, after, differences.get(convention)):
+    if first.step > 0:
+        span = f"from step {first.step} to step {last.step}"
+    difference = differences.get(convention)
+    if not is_changed(first, last, convention, difference):
+        known = f"95 % interval {interval(after)}" if difference is None else _points(difference)
+        if difference is not None and not difference.low <= 0 <= difference.high:  # but McNemar's test is not sure
+            known = f"{last.figures.items:,} problem{'s' * (last.figures.items != 1)}, too few to tell"
         sentence = (
-            f"{name} did not change measurably{since}: {percent(before.mean)} before and {percent(after.mean)} after "
-            f"(95 % interval {interval(after)}), {span}."
+            f"{name} did not change measurably: {percent(before.mean)} {_at_first(first)} and {percent(after.mean)} "
+            f"after ({known}), {span}."
         )
     else:
         verb = "rose" if after.mean > before.mean else "fell"
         sentence = (
             f"{name} {verb} from {percent(before.mean)} to {percent(after.mean)} (95 % interval {interval(after)})"
-            f"{since} {span}"
+            f" {span}"
         )
-        told = _attribution(first, last, differences) if verb == "rose" and convention == "strict" else ""
+        told = _attribution(first, last, differences) if convention == "strict" else ""
         sentence += f"; {told}." if told else "."
     return f"{sentence}{_end_of(run)}"
 
 
+def _points(difference: Difference) -> str:
+    low, middle, high = (
+        f"{100 * value:+.1f}".replace("-", "−") for value in (difference.low, difference.difference, difference.high)
+    )
+    return f"a difference of {middle} points, 95 % interval {low} to {high}"
+
+
+def _at_first(record: EvaluationRecord) -> str:
+    return "before" if record.step == 0 else f"at step {record.step}"
+
+
 def _further(run: Run) -> Iterator[str]:
+    records = evaluations_of(run)
+    if records and is_of_best(run, records[-1]):
+        convention = convention_of(records)
+        last = next((r for r in records[-2::-1] if convention in r.figures.estimates), None)
+        figure = (
+            "" if last is None else f" (at step {last.step} it was {percent(last.figures.estimates[convention].mean)})"
+        )
+        yield (
+            f"That is the best checkpoint, which load_best_model_at_end kept{figure}; "
+            "if these very problems chose it, its figure is somewhat too good."
+        )
     for name in list(dict.fromkeys(record.set for record in run.evaluations))[1:]:
         records = evaluations_of(run, name)
         convention = convention_of(records)
         before, after = (record.figures.estimates.get(convention) for record in (records[0], records[-1]))
         if len(records) < 2 or before is None or after is None:
             continue
-        figures = f"{percent(before.mean)} before and {percent(after.mean)} after"
-        if not is_changed(before, after):
+        figures = f"{percent(before.mean)} {_at_first(records[0])} and {percent(after.mean)} after"
+        if not is_changed(records[0], records[-1], convention):
             yield f"On {name} it did not change measurably: {figures}."
         else:
             yield f"On {name} it {'rose' if after.mean > before.mean else 'fell'}: {figures}."
@@ -193,7 +241,13 @@ def _attribution(first: EvaluationRecord, last: EvaluationRecord, differences: M
     except KeyError:
         return None
     rise = strict[1].mean - strict[0].mean
-    if not is_changed(*answer, differences.get("answer")):
+    is_known = is_changed(first, last, "answer", differences.get("answer"))
+    if rise < 0:
+        if is_known and answer[1].mean < answer[0].mean:
+            return None
+        often = "more often than" if is_known else "as often as"
+        return f"format was lost: answers wherever they stand were right {often} before"
+    if not is_known:
         return "as far as can be told it was format: answers wherever they stand were right as often as before"
     if answer[1].mean < answer[0].mean:
         return "it was format: answers wherever they stand were right less often than before"
@@ -241,8 +295,16 @@ def _fifths(values: Sequence[float]) -> tuple[tuple[float, float], bool]:
     means = fmean(first), fmean(last)
     if size < 2:  # no spread to tell a change from
         return means, False
-    error = math.sqrt((variance(first) + variance(last)) / size)
-    return means, abs(means[1] - means[0]) > 1.96 * error
+    spreads = variance(first), variance(last)
+    if not any(spreads):
+        return means, means[0] != means[1]
+    degrees = (size - 1) * sum(spreads) ** 2 / sum(spread**2 for spread in spreads)  # Welch's
+    return means, abs(means[1] - means[0]) > _quantile(degrees) * math.sqrt(sum(spreads) / size)
+
+
+def _quantile(degrees: float) -> float:
+    """97.5 % of Student's t: the normal's, and what few degrees of freedom add to it (within 2 % from two up)."""
+    return 1.96 + 2.372 / degrees + 2.823 / degrees**2 + 2.556 / degrees**3 + 1.6 / degrees**4
 
 
 def _end_of(run: Run) -> str:
@@ -260,7 +322,7 @@ def _facts(run: Run, ends: tuple[EvaluationRecord, EvaluationRecord] | None) -> 
             if before is None or after is None:
                 continue
             if ends[0].step < ends[1].step:
-                facts.append(Fact(label, percent(after.mean), f"before {percent(before.mean)}"))
+                facts.append(Fact(label, percent(after.mean), f"{_at_first(ends[0])} {percent(before.mean)}"))
             else:
                 facts.append(Fact(label, percent(after.mean), f"at step {ends[1].step}"))
     rights = [found.statistics.right for found in run.generations if found.statistics.right is not None]
@@ -275,7 +337,8 @@ def _facts(run: Run, ends: tuple[EvaluationRecord, EvaluationRecord] | None) -> 
         facts.append(Fact("completions", f"{completions:,}", f"in {_count(len(run.generations), 'generation')}"))
     seconds = sum(sum(step.seconds.values()) for step in run.steps)
     if seconds:
-        facts.append(Fact("time", duration(seconds), f"{seconds / len(run.steps):.2g} s a step"))
+        between = sum(step.seconds.get("between", 0.0) for step in run.steps)
+        facts.append(Fact("time", duration(seconds), f"steps: {(seconds - between) / len(run.steps):.2g} s each"))
     return facts
 
 
