@@ -30,6 +30,16 @@ run_as_rank(main, sys.argv[1])
 """
 
 
+def test_wrong_arguments_are_said_by_one_rank_and_what_could_not_be_had_by_each(monkeypatch, capsys):
+    for rank, status, is_said in ((0, 2, True), (1, 2, False), (1, 1, True)):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(ranks.Stop) as stopped:
+            ranks.stop(status, "no\nsuch thing")
+        assert stopped.value.code == status
+        assert stopped.value.line == "error: no such thing"
+        assert capsys.readouterr().err == ("error: no such thing\n" if is_said else "")
+
+
 @pytest.mark.parametrize(
     ("how", "status", "message"),
     [

@@ -63,6 +63,31 @@ def test_lines_that_are_no_events_are_counted_and_passed_over(tmp_path, line):
     assert read_record(folder).unreadable_lines == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("generation", {"statistics": {"groups": "eight"}}),
+        ("generation", {"statistics": {"right": [0.5]}}),
+        ("generation", {"samples": [{"prompt": 1}]}),
+        ("generation", {"samples": [{"rewards": {"correctness_reward_func": "much"}}]}),
+        ("begin", {"about": {"rewards": [{"name": "a", "weight": "1", "kind": "other"}]}}),
+        ("step", {"time": None}),
+    ],
+)
+def test_values_of_other_types_are_no_events(tmp_path, kind, change):
+    events = made_up_events(steps=2)
+    event = next(event for event in events if event["event"] == kind)
+    for name, value in change.items():
+        if isinstance(value, dict):
+            value = {**event[name], **value}
+        elif isinstance(value, list):
+            value = [{**event[name][0], **value[0]}]
+        event = {**event, name: value}
+    run = read_record(write_record(tmp_path, [*events, event]))
+    assert run.unreadable_lines == 1
+    assert len(run.steps) == 2
+
+
 def test_folders_without_a_record_are_named(tmp_path):
     with pytest.raises(RecordError, match="has no record"):
         read_record(tmp_path)

@@ -1,5 +1,6 @@
 """How a command ends that cannot go on: with one line on the error stream, and an exit status. Imports no torch."""
 
+import os
 import sys
 from typing import NoReturn
 
@@ -22,7 +23,8 @@ def stop(status: int, message: object) -> NoReturn:
             What is said, an exception for one; line breaks in it become spaces.
     """
     line = f"error: {one_line(message)}"
-    print(line, file=sys.stderr, flush=True)
+    if status != 2 or os.environ.get("RANK", "0") == "0":  # arguments are wrong on all ranks, and one says so
+        print(line, file=sys.stderr, flush=True)
     raise Stop(status, line)
 
 

@@ -4,7 +4,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import cache
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -128,8 +130,36 @@ class GenerationStatistics:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "GenerationStatistics":
         """From what [`to_dict`] gives; raises `TypeError` or `KeyError` for anything else."""
-        rewards = {name: RewardStatistics(**found) for name, found in content["rewards"].items()}
-        return cls(**{**content, "rewards": rewards})
+        rewards = {name: checked(RewardStatistics(**found)) for name, found in content["rewards"].items()}
+        return checked(cls(**{**content, "rewards": rewards}))
+
+
+Item = TypeVar("Item")
+
+
+def checked(item: Item) -> Item:
+    """A dataclass's object that was made of what a file says; raises `TypeError` if a field is of another type."""
+    for name, hint in _hints_of(type(item)).items():  # type: ignore[arg-type]
+        if not _is_of(getattr(item, name), hint):
+            raise TypeError(f"{type(item).__name__}.{name} is {type(getattr(item, name)).__name__}, not {hint}")
+    return item
+
+
+@cache
+def _hints_of(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type, a union of types, or a dictionary with values of a type."""
+    parts = get_args(hint)
+    if isinstance(hint, UnionType):
+        return any(_is_of(value, part) for part in parts)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_is_of(item, parts[1]) for item in value.values())
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def generation_statistics(

@@ -28,7 +28,7 @@ from typing import Any
 
 from ..evaluation.history import FIGURES_FILE, EvaluationRecord, read_history
 from ..evaluation.history import FOLDER as ANSWERS
-from .generations import GenerationStatistics, RewardAbout
+from .generations import GenerationStatistics, RewardAbout, checked
 
 
 RECORD_FILE = "record.jsonl"
@@ -188,15 +188,15 @@ class Run:
         """Take in an event; raises `KeyError`, `TypeError`, `ValueError` or `AttributeError` for what is none."""
         kind, step = event["event"], int(event["step"])
         if kind == "begin":
-            self._forget_behind(step)
             about = dict(event["about"])
-            [RewardAbout(**reward) for reward in about.get("rewards", [])]
-            self.about, self.end = about, None
+            [checked(RewardAbout(**reward)) for reward in about.get("rewards", [])]
             self.begins.append((step, float(event["time"])))
+            self.about, self.end = about, None
+            self._forget_behind(step)
         elif kind == "about":
             self.about = {**self.about, **event["about"]}
         elif kind == "generation":
-            samples = tuple(Sample(step=step, **sample) for sample in event.get("samples", ()))
+            samples = tuple(checked(Sample(step=step, **sample)) for sample in event.get("samples", ()))
             self.generations.append(Generation(step, GenerationStatistics.from_dict(event["statistics"]), samples))
         elif kind == "step":
             numbers = _numbers(event["metrics"]), _numbers(event["seconds"])
