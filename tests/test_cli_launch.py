@@ -1,6 +1,5 @@
 """`trl-grpo-ext launch`: what it says, how it ends, and whom signals reach."""
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -125,7 +124,7 @@ def test_an_ignored_signal_stays_so(run, script):
 
 
 def test_before_there_is_a_script_a_signal_ends_the_launcher(monkeypatch, run):
-    monkeypatch.setattr(launch, "parse", lambda words: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(launch, "parse", lambda words: signal.raise_signal(signal.SIGTERM))
     assert run("script.py") == (143, "", [])
 
 

@@ -440,6 +440,7 @@ def test_each_problem_counts_once_however_many_processes_there_are(tiny, monkeyp
     assert evaluation.figures.estimates["strict"].mean == 1.0  # each answer is of its own problem
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_write_the_file_of_one(problems, whole, tmp_path):
     """And go on from its beginning, which one of them alone can see."""

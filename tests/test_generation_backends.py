@@ -203,12 +203,16 @@ def check_parity(policy, tmp_path, schedule, theirs=GRPOTrainer, ours=GRPOExtTra
     return expected, actual
 
 
-def each_with_each(backends, schedules=SCHEDULES):
-    """All pairs; quick is one for each backend, with the schedules in turn."""
+def each_with_each(backends, schedules=SCHEDULES, quick=2):
+    """All pairs; quick is one for each of the first backends, with the schedules in turn."""
     return pytest.mark.parametrize(
         ("backend", "schedule"),
         [
-            pytest.param(backend, schedule, marks=[pytest.mark.slow] if (row + column) % len(schedules) else [])
+            pytest.param(
+                backend,
+                schedule,
+                marks=[] if row < quick and (row + column) % len(schedules) == 0 else [pytest.mark.slow],
+            )
             for row, backend in enumerate(backends)
             for column, schedule in enumerate(schedules)
         ],
@@ -296,7 +300,7 @@ def test_vllm(policy, tmp_path, backend, schedule):
         assert engine.num_syncs == engine.num_calls == 3  # one for each generation
 
 
-@each_with_each([name for name, options in ROLLOUTS.items() if options.get("logprobs")])
+@each_with_each([name for name, options in ROLLOUTS.items() if options.get("logprobs")], quick=1)
 def test_a_rollout_function_that_samples_with_vllm(policy, tmp_path, backend, schedule):
     options = {"use_vllm": True, "rollout_func": Rollouts(**ROLLOUTS[backend])}
     expected, ours = check_parity(policy, tmp_path, schedule, **options)
@@ -319,7 +323,7 @@ def test_log_probabilities_are_not_asked_for_where_nothing_is_corrected(policy, 
     check_parity(policy, tmp_path, (2, 1, 1), **options)
 
 
-@pytest.mark.parametrize("cut", [1, 3])
+@pytest.mark.parametrize("cut", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_resuming_between_passes_over_rows_of_vllm(policy, tmp_path, cut):
     schedule = (4, 2, 2)
     options = {
@@ -338,7 +342,7 @@ def test_resuming_between_passes_over_rows_of_vllm(policy, tmp_path, cut):
 # The same rows from elsewhere
 
 
-@pytest.mark.parametrize("schedule", [SCHEDULES[1], SCHEDULES[3]], ids=str)
+@pytest.mark.parametrize("schedule", [pytest.param(SCHEDULES[1], marks=pytest.mark.slow), SCHEDULES[3]], ids=str)
 def test_where_rows_come_from_makes_no_difference(policy, tmp_path, schedule):
     """Bit for bit the same training, by as many forwards, whoever generates."""
     uncorrected = {"use_vllm": True, **CORRECTIONS["not corrected"]}
@@ -485,7 +489,7 @@ TOOL_USES = {
 
 
 @pytest.mark.parametrize("through", ["a method", "vLLM"])
-@each_with_each(TOOL_USES, SCHEDULES[1:])
+@each_with_each(TOOL_USES, SCHEDULES[1:], quick=1)
 def test_tools(policy, tmp_path, monkeypatch, through, backend, schedule):
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", StandInWithCalls)
     last_roles = []

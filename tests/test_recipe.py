@@ -295,6 +295,7 @@ def test_a_value_that_training_refuses_is_one_line(recipe, tmp_path, capsys, mon
     assert not (tmp_path / RUN_FILE).exists()
 
 
+@pytest.mark.slow
 def test_two_runs_and_one_folder(recipe, tmp_path, capsys):
     """A run starts in its own folder again, with its own record; another one neither starts there nor goes on."""
     out = tmp_path / "out"
@@ -323,6 +324,7 @@ def test_two_runs_and_one_folder(recipe, tmp_path, capsys):
     assert read_run(out).settings == {**settings, "max_steps": 2}
 
 
+@pytest.mark.slow
 def test_held_out_problems_are_evaluated_while_training(recipe, tmp_path):
     """The rewards, as TRL does, and the answers; before and after too."""
     options = {
@@ -358,6 +360,7 @@ def test_training_ends_in_time(recipe, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "summary.json").read_text())["optimizer_steps"] == 5
 
 
+@pytest.mark.slow
 def test_an_error_is_the_last_line_under_the_launcher():
     result = run("--bundle", "gms8k", launcher=[str(Path(sys.executable).with_name("accelerate")), "launch"])
     assert result.returncode != 0

@@ -39,6 +39,7 @@ def test_a_sick_run_is_named_while_it_goes_on(name, tmp_path, caplog):
     assert run.rule in {finding.rule for finding in diagnose(read_record(tmp_path))}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_to_be_diagnosed(tmp_path, caplog):
     run = check_doctor.Sick("", 4, {"max_completion_length": 8, "diagnose": False})
     assert check_doctor.train(tmp_path, run) == []
@@ -46,6 +47,7 @@ def test_a_run_that_is_not_to_be_diagnosed(tmp_path, caplog):
     assert [finding.rule for finding in diagnose(read_record(tmp_path))] == ["truncated-completions"]
 
 
+@pytest.mark.slow
 def test_a_diagnosis_that_fails_ends_neither_the_run_nor_its_record(tmp_path, caplog, monkeypatch):
     def fail(*args, **kwargs):
         raise ZeroDivisionError("a rule with a bug")

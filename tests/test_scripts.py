@@ -329,6 +329,7 @@ def pretended_gpu(bench, monkeypatch):
     return bench
 
 
+@pytest.mark.slow
 def test_bench_update_on_a_gpu(pretended_gpu, monkeypatch, tmp_path, capsys):
     """TRL with each of its attentions, ratios to each, and the one to its faster attention apart."""
     bench, file = pretended_gpu, tmp_path / "bench.json"
@@ -394,6 +395,7 @@ def test_bench_update_knows_kernels_of_attention():
     assert bench.share_of_attention([]) is None
 
 
+@pytest.mark.slow
 def test_bench_update_compares_nothing_where_gradients_differ(bench, monkeypatch, capsys):
     ours = bench.SIDES["ours"]
     monkeypatch.setitem(bench.SIDES, "ours", replace(ours, options={**ours.options, "loss_type": "grpo"}))

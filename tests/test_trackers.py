@@ -81,6 +81,7 @@ def test_one_that_fails_does_not_keep_the_others(calls, monkeypatch, capsys):
     assert capsys.readouterr().err == "note: wandb could not be finished (ZeroDivisionError: division by zero)\n"
 
 
+@pytest.mark.slow
 def test_one_that_never_ends_does_not_keep_the_process():
     code = (
         "import sys, threading, types\n"

@@ -169,7 +169,7 @@ class MultiIterationMixin(OrderedMixin):
         skips = self.beta == 0.0 and extension_setting(self.args, "skip_zero_advantage")
         how = self._how_to_deal(rollouts)
         may_move = self._may_move_rows(rollouts)
-        self._fast_paths["rows_left_out"] = self._why_rows_stay(window, may_move) or ("on" if skips else "off")
+        self._fast_paths["rows_left_out"] = self._why_rows_are_computed(window, may_move) or ("on" if skips else "off")
         if window is not None and may_move and (skips or how["by_prompt"] or how["most_tokens"] is not None):
             rollouts.arrange(
                 window, skip_zero_advantage=skips, skip_zero_weight=self._zero_weight_is_no_gradient(), **how
@@ -179,13 +179,13 @@ class MultiIterationMixin(OrderedMixin):
         self._report_slowest_rank(rollouts)
         return rollouts
 
-    def _why_rows_stay(self, window: int | None, may_move: bool) -> str | None:
-        """Why completions without a gradient are computed, where settings alone do not say it."""
+    def _why_rows_are_computed(self, window: int | None, may_move: bool) -> str | None:
+        """Why completions without a gradient are computed, where the setting for it does not say so."""
         if self.beta != 0.0:
             return f"off: with a KL term (beta={self.beta}) each completion has a gradient"
-        if may_move:
-            return None if window is not None else "off: passes and optimizer steps do not line up"
-        return f"off: the loss is {self._foreign_loss() or f'one in which rows stay (loss_type={self.loss_type!r})'}"
+        if not may_move:
+            return f"off: {self.why_rows_stay() or 'these rows are not of text alone'}"
+        return None if window is not None else "off: passes and optimizer steps do not line up"
 
     def _report_slowest_rank(self, rollouts: RolloutBuffer) -> None:
         if self.accelerator.num_processes == 1:
@@ -292,11 +292,12 @@ class MultiIterationMixin(OrderedMixin):
     # Old policy
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        reuses = self.model.training and self._reuses_first_pass()
+        reuses = False
         if self.model.training:
             is_needed = compat.takes_old_policy_forward(self)
-            found = ("on" if reuses else "off") if is_needed else "not needed: TRL takes no forward for the old policy"
-            self._fast_paths["reuse_first_pass_logps"] = found
+            why_not = self.why_no_reuse() if is_needed else "not needed: TRL takes no forward for the old policy"
+            reuses = why_not is None
+            self._fast_paths["reuse_first_pass_logps"] = "on" if reuses else f"{'off: ' if is_needed else ''}{why_not}"
         with compat.without_old_policy_forward(self) if reuses else nullcontext():
             return super()._generate_and_score_completions(inputs)
 
@@ -309,12 +310,11 @@ class MultiIterationMixin(OrderedMixin):
             )
         return generated
 
-    def _reuses_first_pass(self) -> bool:
-        """Whether TRL's forward for the old policy is left out; `_new_rollouts` takes it where it is needed."""
-        return compat.takes_old_policy_forward(self) and self.why_no_reuse() is None
-
     def why_no_reuse(self) -> str | None:
-        """Why the old policy takes a forward of its own where TRL would take one; `None` if the first pass does."""
+        """Why TRL's forward for the old policy is taken where it would take one; `None` if it is left out.
+
+        Then `_new_rollouts` takes it for the micro-batches for which the first pass is not the old policy's.
+        """
         may_need_it = (
             *("compute_loss", "_compute_loss", "training_step", "_prepare_inputs"),
             *("_generate_and_score_completions", "_get_per_token_logps_and_entropies"),
