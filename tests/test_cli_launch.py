@@ -1,6 +1,7 @@
 """`trl-grpo-ext launch`: what it says, how it ends, and whom signals reach."""
 
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -124,9 +125,13 @@ def test_an_ignored_signal_stays_so(run, script):
 
 
 def test_before_there_is_a_script_a_signal_ends_the_launcher(monkeypatch, run):
+    """Which leaves alone what the process that calls it has started before."""
     monkeypatch.setattr(launch, "parse", lambda words: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr(launch, "send_to_children", lambda number: False)  # the tests' own process may have some
-    assert run("script.py") == (143, "", [])
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as another:
+        assert run("script.py") == (143, "", [])
+        assert another.poll() is None
+        another.communicate(b"\n")
+    assert another.returncode == 0
 
 
 def test_ctrl_c_ends_any_subcommand_with_one_line(monkeypatch, capfd):

@@ -48,7 +48,8 @@ def launch(make_arguments: Callable[[], Namespace]) -> None:
         make_arguments (`Callable[[], Namespace]`):
             Makes the arguments of `accelerate launch`, and imports for seconds what it needs to do so.
     """
-    with signals_passed_on() as passed_on, set_in_environment(LAUNCHER_VARIABLE, "1"):
+    others = children()  # of whoever calls this
+    with signals_passed_on(others) as passed_on, set_in_environment(LAUNCHER_VARIABLE, "1"):
         arguments = make_arguments()
         from accelerate.commands.launch import launch_command
         from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -60,7 +61,7 @@ def launch(make_arguments: Callable[[], Namespace]) -> None:
         except subprocess.CalledProcessError as error:
             end_as(error.returncode, passed_on)
         except SignalException as error:
-            send_to_children(error.sigval)  # torchrun forgets those that it was just starting
+            send_to_children(error.sigval, others)  # torchrun forgets those that it was just starting
             sys.exit(128 + error.sigval)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
@@ -79,7 +80,7 @@ def end_as(status: int, passed_on: Collection[int] = (), process: str = "the tra
 
 
 @contextmanager
-def signals_passed_on() -> Iterator[set[int]]:
+def signals_passed_on(others: Collection[Any]) -> Iterator[set[int]]:
     """Within it Ctrl-C and SIGTERM are the training processes' business; torchrun sees to that itself.
 
     One that comes before there are any ends this process, and one that is ignored stays so. Yields those that have
@@ -88,7 +89,7 @@ def signals_passed_on() -> Iterator[set[int]]:
     passed_on: set[int] = set()
 
     def pass_on(number: int, frame: Any) -> None:
-        if not send_to_children(number):
+        if not send_to_children(number, others):
             sys.exit(128 + number)
         passed_on.add(number)
 
@@ -104,14 +105,20 @@ def signals_passed_on() -> Iterator[set[int]]:
             signal.signal(number, handler)
 
 
-def send_to_children(number: int) -> bool:
-    """Send a signal to the processes that this one has started. Returns whether there are any."""
+def children() -> list[Any]:
+    """The processes that this one has started."""
     import psutil  # type: ignore[import-untyped]  # comes with accelerate
 
-    processes = psutil.Process().children()
+    found: list[Any] = psutil.Process().children()
+    return found
+
+
+def send_to_children(number: int, others: Collection[Any]) -> bool:
+    """Send a signal to the processes that this one has started, but for others. Returns whether there are any."""
+    processes = [process for process in children() if process not in others]
     for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)
     return bool(processes)
 
 
