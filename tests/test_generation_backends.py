@@ -261,7 +261,7 @@ def test_an_environment_may_say_everything(policy, tmp_path, use_vllm):
     assert_same_weights(ours.weights, ours.start)
 
 
-@pytest.mark.parametrize("use_vllm", [False, True])
+@pytest.mark.parametrize("use_vllm", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("schedule", [SCHEDULES[2], pytest.param(SCHEDULES[3], marks=pytest.mark.slow)], ids=str)
 def test_the_off_policy_mask_is_made_from_what_the_sampler_says(policy, tmp_path, use_vllm, schedule):
     """Wherever rows have log-probabilities of their own, corrected or not."""
@@ -323,6 +323,7 @@ def test_log_probabilities_are_not_asked_for_where_nothing_is_corrected(policy, 
     check_parity(policy, tmp_path, (2, 1, 1), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_resuming_between_passes_over_rows_of_vllm(policy, tmp_path, cut):
     schedule = (4, 2, 2)
@@ -342,7 +343,7 @@ def test_resuming_between_passes_over_rows_of_vllm(policy, tmp_path, cut):
 # The same rows from elsewhere
 
 
-@pytest.mark.parametrize("schedule", [pytest.param(SCHEDULES[1], marks=pytest.mark.slow), SCHEDULES[3]], ids=str)
+@pytest.mark.parametrize("schedule", [SCHEDULES[1], pytest.param(SCHEDULES[3], marks=pytest.mark.slow)], ids=str)
 def test_where_rows_come_from_makes_no_difference(policy, tmp_path, schedule):
     """Bit for bit the same training, by as many forwards, whoever generates."""
     uncorrected = {"use_vllm": True, **CORRECTIONS["not corrected"]}
@@ -488,7 +489,7 @@ TOOL_USES = {
 }
 
 
-@pytest.mark.parametrize("through", ["a method", "vLLM"])
+@pytest.mark.parametrize("through", ["a method", pytest.param("vLLM", marks=pytest.mark.slow)])
 @each_with_each(TOOL_USES, SCHEDULES[1:], quick=1)
 def test_tools(policy, tmp_path, monkeypatch, through, backend, schedule):
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", StandInWithCalls)

@@ -488,7 +488,7 @@ def train(policy, output_dir, schedule=(2, 1, 1), resume=None, lora=False, train
         pytest.param((3, 1, 2), {"lora": True}, marks=pytest.mark.slow),
         pytest.param((3, 1, 2), {"reshuffle_iterations": True}, marks=pytest.mark.slow),
         pytest.param((4, 1, 2), {"target_kl": 0.005, "learning_rate": 2.0}, marks=pytest.mark.slow),
-        ((2, 2, 2), {"beta": 0.04, "optim": "adamw_torch", "learning_rate": 1e-2}),
+        pytest.param((2, 2, 2), {"beta": 0.04, "optim": "adamw_torch", "learning_rate": 1e-2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -505,6 +505,7 @@ def test_resuming_is_exact(policy, tmp_path, schedule, options):
         assert resumed.trainer.rollout_func.num_calls < straight.trainer.rollout_func.num_calls
 
 
+@pytest.mark.slow
 def test_resuming_in_a_later_epoch_is_exact(policy, tmp_path):
     """The order of prompts goes on as well: an epoch of 64 prompts ends after 32 steps."""
     options = {"max_steps": 38}
@@ -598,6 +599,7 @@ def test_resuming_with_another_reward(policy, tmp_path, caplog):
     assert "rewards: 'canned_reward' to 'other_reward'" in caplog.text
 
 
+@pytest.mark.slow
 def test_resuming_a_stream_in_a_later_epoch(policy, tmp_path, monkeypatch):
     """Data without a length: an epoch ends when they do."""
     monkeypatch.setattr(

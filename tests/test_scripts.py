@@ -48,6 +48,7 @@ def test_build_tiny_policy(tmp_path):
     assert vocabulary == AutoTokenizer.from_pretrained(embedded_policy_path()).get_vocab()
 
 
+@pytest.mark.slow
 def test_worked_example():
     """The textbook's numbers, as the script prints them."""
     result = run("worked_example.py")

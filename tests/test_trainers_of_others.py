@@ -75,7 +75,12 @@ class Wrapped(GRPOTrainer):
 
 @pytest.mark.parametrize(
     ("theirs", "ours"),
-    [(OwnLoss, OwnLossOutside), (OwnLoss, OwnEntryOutside), (OwnLoss, OwnLossInside), (Wrapped, WrappedOutside)],
+    [
+        (OwnLoss, OwnLossOutside),
+        pytest.param(OwnLoss, OwnEntryOutside, marks=pytest.mark.slow),
+        pytest.param(OwnLoss, OwnLossInside, marks=pytest.mark.slow),
+        (Wrapped, WrappedOutside),
+    ],
 )
 def test_the_method_that_computes_the_loss_decides(policy, start, tmp_path, theirs, ours):  # noqa: F811
     """Wherever a loss of one's own is overridden, rows stay in their micro-batches and old policies are old."""
@@ -288,7 +293,7 @@ class DecayedOutside(GRPOExtTrainer):
 
 
 @pytest.mark.parametrize("ours", [DecayedOurs, DecayedOutside])
-@pytest.mark.parametrize("schedule", [{"max_steps": 3}, SCHEDULE])
+@pytest.mark.parametrize("schedule", [pytest.param({"max_steps": 3}, marks=pytest.mark.slow), SCHEDULE])
 def test_rows_that_a_subclass_prepares_are_trained_on(policy, start, tmp_path, ours, schedule):  # noqa: F811
     expected = run(Decayed, policy, tmp_path / "theirs", **schedule)
     assert_same_training(run(ours, policy, tmp_path / "ours", **schedule), expected, start)
@@ -313,7 +318,9 @@ def clamped_step(self, model, inputs, num_items_in_batch=None):
 
 
 @pytest.mark.parametrize("step", [step_of_their_own, clamped_step])
-@pytest.mark.parametrize("schedule", [{"num_iterations": 2, "max_steps": 4}, SCHEDULE])
+@pytest.mark.parametrize(
+    "schedule", [pytest.param({"num_iterations": 2, "max_steps": 4}, marks=pytest.mark.slow), SCHEDULE]
+)
 def test_a_training_step_of_ones_own(policy, start, tmp_path, step, schedule):  # noqa: F811
     classes = [type("Stepping", (base,), {"training_step": step}) for base in (GRPOTrainer, GRPOExtTrainer)]
     expected, actual = (run(cls, policy, tmp_path / str(n), **schedule) for n, cls in enumerate(classes))
