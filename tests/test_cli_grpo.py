@@ -78,6 +78,7 @@ def has_moved(folder, policy):
 MIXTURE = [{"path": "json", "data_files": "prompts.jsonl", "split": "train[:8]", "fraction": None}]
 
 
+@pytest.mark.slow
 def test_a_configuration_of_trls_trains(folder, policy, capsys):
     """One that has a mixture of data sets, a dotted name of a reward, and options of the launcher."""
     config = write_config(folder, policy, datasets=MIXTURE, num_processes=1, test_split_size=0.25)

@@ -343,6 +343,7 @@ def test_resuming_between_passes_over_rows_of_vllm(policy, tmp_path, cut):
 # The same rows from elsewhere
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [SCHEDULES[1], pytest.param(SCHEDULES[3], marks=pytest.mark.slow)], ids=str)
 def test_where_rows_come_from_makes_no_difference(policy, tmp_path, schedule):
     """Bit for bit the same training, by as many forwards, whoever generates."""
@@ -523,6 +524,7 @@ def test_tools(policy, tmp_path, monkeypatch, through, backend, schedule):
         assert max(actual.metric("rewards/Room/mean")) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [SCHEDULES[2], pytest.param(SCHEDULES[3], marks=pytest.mark.slow)], ids=str)
 def test_tools_that_transformers_calls(policy, tmp_path, schedule):
     """Sampled in earnest, at first from shared prompts: each capital letter of the first half is a call."""

@@ -43,7 +43,7 @@ def test_wrong_arguments_are_said_by_one_rank_and_what_could_not_be_had_by_each(
 @pytest.mark.parametrize(
     ("how", "status", "message"),
     [
-        ("raise", 1, "ends: ValueError: no such thing"),
+        pytest.param("raise", 1, "ends: ValueError: no such thing", marks=pytest.mark.slow),
         pytest.param("return", 0, None, marks=pytest.mark.slow),
         pytest.param("2", 2, None, marks=pytest.mark.slow),
         pytest.param(

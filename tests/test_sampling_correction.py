@@ -160,6 +160,7 @@ def test_old_policy_forwards(policy, tmp_path, schedule, extra_rows):
     assert ours.exact_grad_norms == pytest.approx(theirs.exact_grad_norms, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_the_correction_costs_no_tokens(policy, tmp_path):
     """Rows are left out and dealt out by prompt as without it; the weights are truncated, so that none is 0."""
     options = {"num_iterations": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "max_steps": 16}

@@ -406,6 +406,7 @@ def test_bench_update_compares_nothing_where_gradients_differ(bench, monkeypatch
     assert "error: the gradients differ" in shown.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.01, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_bench_update_with_vllm(bench, monkeypatch, tmp_path, noise):
     """Both trainers correct for a sampler that is not the policy, with TRL's defaults; large noise masks rows."""
