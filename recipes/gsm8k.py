@@ -33,7 +33,7 @@ from trl_grpo_ext.arguments import OneLineParser
 from trl_grpo_ext.ranks import run_as_rank, stop
 from trl_grpo_ext.runs import CHANGED, settings_of
 from trl_grpo_ext.script_arguments import RunArguments
-from trl_grpo_ext.tasks import load_arithmetic, load_problems
+from trl_grpo_ext.tasks import hold_out, load_arithmetic, load_problems
 
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "offline-tiny.yaml"
@@ -103,10 +103,7 @@ def load_datasets(args: RecipeArguments, seed: int) -> tuple[Dataset, dict[str, 
         with script.data_errors("eval_dataset_name", args.eval_dataset_name):
             heldout = load(args.eval_dataset_name, split="test", max_rows=args.eval_items)
     elif Path(args.dataset_name).is_file():
-        if len(train) <= args.eval_items:
-            raise ValueError(f"{args.dataset_name} has {len(train)} rows, too few to hold out {args.eval_items}")
-        heldout = train.select(range(len(train) - args.eval_items, len(train)))
-        train = train.select(range(len(train) - args.eval_items))
+        train, heldout = hold_out(train, args.eval_items, args.dataset_name)
     else:
         heldout = load(args.dataset_name, split="test", max_rows=args.eval_items)
     if args.train_items is not None:

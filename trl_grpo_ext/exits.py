@@ -23,7 +23,7 @@ def stop(status: int, message: object) -> NoReturn:
             What is said, an exception for one; line breaks in it become spaces.
     """
     line = f"error: {one_line(message)}"
-    if status != 2 or os.environ.get("RANK", "0") == "0":  # arguments are wrong on all ranks, and one says so
+    if status != 2 or is_first_rank():  # arguments are wrong on all ranks, and one says so
         print(line, file=sys.stderr, flush=True)
     raise Stop(status, line)
 
@@ -31,3 +31,8 @@ def stop(status: int, message: object) -> NoReturn:
 def one_line(message: object) -> str:
     """A message without its line breaks."""
     return " ".join(str(message).split())
+
+
+def is_first_rank() -> bool:
+    """Whether this is the process that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"

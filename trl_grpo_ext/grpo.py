@@ -101,6 +101,14 @@ def choose_split(splits: Any, split: str, name: str, args: GRPOExtScriptArgument
     )
 
 
+def load_eval_dataset(name: str, args: GRPOExtScriptArguments) -> Any:
+    """The held-out problems of a data set of their own."""
+    splits = load_splits(name, args)
+    is_only_one = len(splits) == 1  # a file's, which is called "train"
+    split = next(iter(splits)) if is_only_one else args.dataset_test_split
+    return choose_split(splits, split, name, args)
+
+
 def load_datasets(args: GRPOExtScriptArguments, mixture_args: Any, evaluates: bool) -> tuple[Any, Any]:
     """What is trained on, and the held-out problems if there is to be an evaluation."""
     name = "datasets" if mixture_args.datasets else args.dataset_name
@@ -112,10 +120,7 @@ def load_datasets(args: GRPOExtScriptArguments, mixture_args: Any, evaluates: bo
         if args.eval_dataset_name is None:
             return train, choose_split(splits, args.dataset_test_split, f"{name}, without --eval_dataset_name,", args)
     with script.data_errors("eval_dataset_name", args.eval_dataset_name):
-        splits = load_splits(args.eval_dataset_name, args)
-        is_only_one = len(splits) == 1  # a file's, which is called "train"
-        split = next(iter(splits)) if is_only_one else args.dataset_test_split
-        return train, choose_split(splits, split, args.eval_dataset_name, args)
+        return train, load_eval_dataset(args.eval_dataset_name, args)
 
 
 def find_heldout(dataset: Any, num_items: int) -> Dataset | None:

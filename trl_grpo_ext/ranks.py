@@ -19,8 +19,8 @@ from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers import TrainerCallback
 
-from .exits import Stop, one_line, stop
-from .signals import LAUNCHER_VARIABLE, SIGNALS, Interrupted, is_first_rank, say
+from .exits import Stop, is_first_rank, one_line, stop
+from .signals import LAUNCHER_VARIABLE, SIGNALS, Interrupted, say
 from .trackers import finish_trackers
 
 

@@ -22,7 +22,8 @@ def begin_script() -> None:
     From here on Ctrl-C ends it with one line, see [`~trl_grpo_ext.signals.Signals`].
     """
     from . import __version__
-    from .signals import SIGNALS, is_first_rank
+    from .exits import is_first_rank
+    from .signals import SIGNALS
 
     SIGNALS.__enter__()  # until the process ends
     hide_no_news()

@@ -20,7 +20,7 @@ from time import monotonic
 from types import FrameType
 from typing import Any
 
-from .exits import Stop
+from .exits import Stop, is_first_rank
 
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
@@ -214,11 +214,6 @@ def say(line: str) -> None:
     """Write a line to the error stream, also where the main thread is writing to it."""
     with suppress(OSError):
         os.write(2, f"{line}\n".encode())
-
-
-def is_first_rank() -> bool:
-    """Whether this is the process that speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _at_once() -> str:

@@ -660,7 +660,7 @@ def load(plan: Plan) -> tuple[Any, dict[str, Any]]:
     """The data sets of `trl-grpo-ext grpo`."""
     from trl import get_dataset
 
-    from ..grpo import choose_split, load_splits
+    from ..grpo import choose_split, load_eval_dataset, load_splits
 
     run = plan.run
     name = "datasets" if plan.mixture.datasets else run.dataset_name
@@ -671,14 +671,12 @@ def load(plan: Plan) -> tuple[Any, dict[str, Any]]:
         return train, {}
     if run.eval_dataset_name is None:
         return train, {"problems": choose_split(splits, run.dataset_test_split, name, run)}
-    held = load_splits(run.eval_dataset_name, run)
-    split = next(iter(held)) if len(held) == 1 else run.dataset_test_split
-    return train, {"problems": choose_split(held, split, run.eval_dataset_name, run)}
+    return train, {"problems": load_eval_dataset(run.eval_dataset_name, run)}
 
 
 def load_recipe(plan: Plan, name: str) -> tuple[Any, dict[str, Any]]:
     """The data sets of the recipe, which holds out the last rows of a file."""
-    from ..tasks import load_arithmetic, load_problems
+    from ..tasks import hold_out, load_arithmetic, load_problems
 
     run, seed = plan.run, plan.training.seed
     if name == ARITHMETIC:
@@ -688,10 +686,7 @@ def load_recipe(plan: Plan, name: str) -> tuple[Any, dict[str, Any]]:
         }
     train = load_problems(name, split="train", with_example=run.prompt_example)
     if run.eval_dataset_name is None and Path(name).is_file():
-        if len(train) <= run.eval_items:
-            raise ValueError(f"{name} has {len(train)} rows, too few to hold out {run.eval_items} (eval_items)")
-        heldout = train.select(range(len(train) - run.eval_items, len(train)))
-        train = train.select(range(len(train) - run.eval_items))
+        train, heldout = hold_out(train, run.eval_items, name)
     else:
         heldout = load_problems(
             run.eval_dataset_name or name, split="test", with_example=run.prompt_example, max_rows=run.eval_items

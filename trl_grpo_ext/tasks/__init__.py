@@ -2,7 +2,7 @@
 
 from .arithmetic import load_arithmetic
 from .layouts import ANSWER_EXTRACTORS
-from .problems import load_problems, to_problems
+from .problems import hold_out, load_problems, to_problems
 from .prompts import SYSTEM_PROMPT, format_solution, system_prompt_named, to_prompt
 from .published import TASKS, load_asdiv, load_gsm8k, load_math, load_svamp
 
@@ -12,6 +12,7 @@ __all__ = [
     "SYSTEM_PROMPT",
     "TASKS",
     "format_solution",
+    "hold_out",
     "load_arithmetic",
     "load_asdiv",
     "load_gsm8k",

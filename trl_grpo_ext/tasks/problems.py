@@ -267,3 +267,27 @@ def _features() -> "Features":
 
 def _listed(files: list[Path]) -> str:
     return str(files[0]) if len(files) == 1 else f"{files[0].parent} ({', '.join(file.name for file in files)})"
+
+
+def hold_out(problems: "Dataset", items: int, name: str) -> tuple["Dataset", "Dataset"]:
+    """Split the last rows off, for a file that has no test split.
+
+    Args:
+        problems (`Dataset`):
+            All of its problems.
+        items (`int`):
+            How many are held out.
+        name (`str`):
+            What the data set is called in the error.
+
+    Returns:
+        `tuple[Dataset, Dataset]`:
+            What is left, and what is held out.
+
+    Raises:
+        ValueError: If nothing would be left.
+    """
+    if len(problems) <= items:
+        raise ValueError(f"{name} has {len(problems)} rows, too few to hold out {items}")
+    cut = len(problems) - items
+    return problems.select(range(cut)), problems.select(range(cut, len(problems)))
