@@ -223,7 +223,7 @@ def test_bad_scores_are_refused(bad):
 
 @pytest.mark.parametrize("bad", ["", "<answer>", "an swer", None])
 def test_bad_tags_are_refused(bad):
-    with pytest.raises(ValueError, match="answer_tag must be a tag name"):
+    with pytest.raises(ValueError, match="answer_tag must be a tag"):
         get_int_reward(answer_tag=bad)
     with pytest.raises(ValueError, match="tags must be"):
         get_format_reward(tags=("reasoning", bad))

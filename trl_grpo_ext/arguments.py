@@ -3,7 +3,6 @@
 Importing this module, parsing and `--help` import no torch, unless the options themselves do.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ from trl import TrlParser
 from yaml import YAMLError
 
 from .exits import stop
+from .spelling import suggestion
 
 
 # What TRL looks at in the first step only.
@@ -205,12 +205,6 @@ def _check_kind(name: str, value: Any, kinds: Sequence[Any]) -> Any:
             except ValueError as error:
                 raise ArgumentError(f"{name}: {error}") from error
     return value
-
-
-def suggestion(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """The nearest of the names, as the end of a sentence; nothing if none is near."""
-    nearest = difflib.get_close_matches(name, list(names), n=1)
-    return f": did you mean {prefix}{nearest[0]}?" if nearest else ""
 
 
 def _split_config(arguments: Sequence[str]) -> list[str]:

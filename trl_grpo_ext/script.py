@@ -25,7 +25,6 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils.logging import disable_progress_bar
 from trl import GRPOTrainer, ModelConfig
 
-from .arguments import suggestion
 from .checkpoints import CheckpointError
 from .config import GRPOExtConfig
 from .embedded_policy import EMBEDDED_POLICY, embedded_policy_path
@@ -39,6 +38,7 @@ from .runs import BeginRun, RunError, Start, choose_start
 from .screen import show
 from .script_arguments import RunArguments
 from .signals import SIGNALS, command_line, command_that_goes_on
+from .spelling import suggestion
 from .trackers import DescribeRun
 from .versions import installed_versions
 

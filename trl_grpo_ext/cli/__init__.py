@@ -46,8 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(__version__)
         return
     if name not in SUBCOMMANDS:
-        from ..arguments import suggestion
         from ..exits import stop
+        from ..spelling import suggestion
 
         hint = suggestion(name, SUBCOMMANDS) or f": the subcommands are {', '.join(SUBCOMMANDS)}"
         stop(2, f"there is no subcommand {name!r}{hint}")

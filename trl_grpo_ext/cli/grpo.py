@@ -9,9 +9,10 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ..arguments import OneLineParser, suggestion
+from ..arguments import OneLineParser
 from ..exits import stop
 from ..script_arguments import GRPOExtOptions
+from ..spelling import suggestion
 from .launch import launch
 
 

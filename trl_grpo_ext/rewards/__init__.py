@@ -18,12 +18,14 @@ from .correctness import (
     parse_plain_number,
 )
 from .extract import (
+    extract_answer_after_thinking,
     extract_boxed_answer,
     extract_hash_answer,
     extract_last_number,
     extract_tagged_answer,
     extract_xml_answer,
 )
+from .extractors import ANSWER_EXTRACTORS, get_answer_extractor
 from .format import (
     format_reward_func,
     get_format_reward,
@@ -41,6 +43,7 @@ from .text import completion_to_text
 
 
 __all__ = [
+    "ANSWER_EXTRACTORS",
     "AuditReport",
     "AuditRow",
     "RewardBundle",
@@ -49,12 +52,14 @@ __all__ = [
     "completion_to_text",
     "correctness_reward_func",
     "exact_correctness_reward_func",
+    "extract_answer_after_thinking",
     "extract_boxed_answer",
     "extract_hash_answer",
     "extract_last_number",
     "extract_tagged_answer",
     "extract_xml_answer",
     "format_reward_func",
+    "get_answer_extractor",
     "get_correctness_reward",
     "get_exact_correctness_reward",
     "get_format_reward",

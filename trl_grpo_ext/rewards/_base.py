@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, TypeAlias
 
 from .text import completion_to_text
 
@@ -14,10 +14,25 @@ def check_score(reward: str, option: str, value: float) -> None:
         raise ValueError(f"{reward}: {option} must be a finite number, got {value!r}")
 
 
-def check_tag(reward: str, option: str, value: str) -> None:
-    """Raise `ValueError` unless `value` can be the name of a tag."""
-    if not isinstance(value, str) or not value or set(value) & set("<>/ \n\t"):
-        raise ValueError(f"{reward}: {option} must be a tag name without brackets, like 'answer', got {value!r}")
+# A tag's name, `"answer"` for `<answer>...</answer>`, or the texts that open and close it.
+Tag: TypeAlias = str | tuple[str, str]
+
+
+def to_tag_pair(reward: str, option: str, value: Tag) -> tuple[str, str]:
+    """The opening and the closing text of a tag.
+
+    Raises:
+        ValueError: If `value` is neither a tag's name nor two different texts.
+    """
+    if isinstance(value, str) and value and not set(value) & set("<>/ \n\t"):
+        return f"<{value}>", f"</{value}>"
+    is_pair = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    if is_pair and value[0].strip() and value[1].strip() and value[0] != value[1]:
+        return value[0], value[1]
+    raise ValueError(
+        f"{reward}: {option} must be a tag's name without brackets, like 'answer', or the texts that open and close "
+        f"it, like ('<SOLUTION>', '</SOLUTION>'), got {value!r}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -216,8 +216,12 @@ def _check_rows(
                 f"{name} cannot compare answers with row {index} of {dataset_name}, column {column!r}: it holds "
                 f"{_describe(row[column])} and must hold a text or a number; change the column, {other_column}"
             )
+        completion = reward_func.completion_giving(reference)
+        if completion is None:  # only the user's function knows how answers are written
+            num_scored += 1
+            continue
         columns: dict[str, Any] = {column: [row[column]]}
-        (score,) = reward_func(completions=[reward_func.answer_in_tag(reference)], **columns)
+        (score,) = reward_func(completions=[completion], **columns)
         if score is None or not math.isclose(score, reward_func.full_marks, rel_tol=1e-9):
             raise ValueError(
                 f"{name} gives row {index} of {dataset_name} {score} of {reward_func.full_marks:g} for its own "

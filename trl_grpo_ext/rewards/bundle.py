@@ -8,17 +8,15 @@ from numbers import Real
 from types import FunctionType
 from typing import Any, SupportsIndex, TypeAlias, overload
 
-from .correctness import correctness_reward_func
+from ._base import Tag
+from .correctness import get_correctness_reward
+from .extractors import AnswerExtractor
 from .format import (
-    format_reward_func,
+    get_format_reward,
     get_int_reward,
     get_soft_format_reward,
     get_strict_format_reward,
     get_xmlcount_reward,
-    int_reward_func,
-    soft_format_reward_func,
-    strict_format_reward_func,
-    xmlcount_reward_func,
 )
 
 
@@ -262,7 +260,13 @@ class RewardBundle(list):
         return f"RewardBundle({rewards})"
 
 
-def gsm8k_bundle(*, as_in_notebooks: bool = False) -> RewardBundle:
+def gsm8k_bundle(
+    *,
+    as_in_notebooks: bool = False,
+    tags: tuple[Tag, Tag] = ("reasoning", "answer"),
+    answer_column: str = "answer",
+    answer_extractor: AnswerExtractor = "tag",
+) -> RewardBundle:
     """The five rewards of the GSM8K notebooks: XML count, soft and strict format, integer, correctness.
 
     By default three quirks of them are mended, so that GSM8K's own solutions get full marks and no reward depends on
@@ -273,6 +277,12 @@ def gsm8k_bundle(*, as_in_notebooks: bool = False) -> RewardBundle:
         as_in_notebooks (`bool`, *optional*, defaults to `False`):
             Keep the quirks: the functions that are importable under the same names (`xmlcount_reward_func`, ...),
             which score as the notebooks' do.
+        tags (`tuple`, *optional*, defaults to `("reasoning", "answer")`):
+            The reasoning tag and the answer tag, each a name, or its opening and closing texts.
+        answer_column (`str`, *optional*, defaults to `"answer"`):
+            The dataset column with the references.
+        answer_extractor (`str` or `Callable`, *optional*, defaults to `"tag"`):
+            How the answer is found, see [`get_answer_extractor`].
 
     Returns:
         `RewardBundle`:
@@ -285,20 +295,30 @@ def gsm8k_bundle(*, as_in_notebooks: bool = False) -> RewardBundle:
     (5, 'correctness_reward_func')
     ```
     """
-    if as_in_notebooks:
-        layout = [xmlcount_reward_func, soft_format_reward_func, strict_format_reward_func, int_reward_func]
-    else:
-        layout = [
-            get_xmlcount_reward(final_newline_penalty=False),
-            get_soft_format_reward(final_newline=True),
-            get_strict_format_reward(final_newline=True),
-            get_int_reward(signs_and_commas=True),
+    # in the notebooks an answer is an integer also where no tag stands around it
+    integer_extractor = "xml" if answer_extractor == "tag" else answer_extractor
+    return RewardBundle(
+        [
+            get_xmlcount_reward(tags=tags, final_newline_penalty=as_in_notebooks),
+            get_soft_format_reward(tags=tags, final_newline=not as_in_notebooks),
+            get_strict_format_reward(tags=tags, final_newline=not as_in_notebooks),
+            get_int_reward(
+                signs_and_commas=not as_in_notebooks, answer_extractor=integer_extractor, answer_tag=tags[1]
+            ),
+            get_correctness_reward(answer_column=answer_column, answer_extractor=answer_extractor, answer_tag=tags[1]),
         ]
-    return RewardBundle([*layout, correctness_reward_func])
+    )
 
 
-def tag_bundle() -> RewardBundle:
+def tag_bundle(
+    *,
+    tags: tuple[Tag, Tag] = ("reasoning", "answer"),
+    answer_column: str = "answer",
+    answer_extractor: AnswerExtractor = "tag",
+) -> RewardBundle:
     """Two rewards that do not pull against each other: correctness, and 0.2 for each tag.
+
+    Options are those of [`gsm8k_bundle`].
 
     Example:
     ```python
@@ -306,4 +326,9 @@ def tag_bundle() -> RewardBundle:
     RewardBundle(correctness_reward_func=1, format_reward_func=1)
     ```
     """
-    return RewardBundle([correctness_reward_func, format_reward_func])
+    return RewardBundle(
+        [
+            get_correctness_reward(answer_column=answer_column, answer_extractor=answer_extractor, answer_tag=tags[1]),
+            get_format_reward(tags=tags),
+        ]
+    )

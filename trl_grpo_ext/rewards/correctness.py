@@ -9,8 +9,9 @@ from itertools import islice
 from numbers import Rational
 from typing import Any
 
-from ._base import Reward, check_score, check_tag
-from .extract import CURRENCY, NUMBER, extract_tagged_answer, extract_xml_answer
+from ._base import Reward, Tag, check_score
+from .extract import CURRENCY, NUMBER
+from .extractors import AnswerExtractor, check_answer_extractor, completion_giving, get_answer_extractor
 from .references import number_to_text, reference_to_text
 from .text import completion_to_text
 
@@ -248,20 +249,29 @@ class AnswerReward(Reward):
     """A reward that compares the completion's answer with a column of the data set."""
 
     answer_column: str
-    answer_tag: str
+    answer_extractor: AnswerExtractor
+    answer_tag: Tag
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_tag(self.name, "answer_tag", self.answer_tag)
+        check_answer_extractor(self.name, self.answer_extractor, self.answer_tag)
         if not isinstance(self.answer_column, str) or not self.answer_column:
             raise ValueError(f"{self.name}: answer_column must be a column's name, got {self.answer_column!r}")
 
-    def answer_in_tag(self, answer: str) -> str:
-        """The shortest completion that gives this answer."""
-        return f"<{self.answer_tag}>\n{answer}\n</{self.answer_tag}>"
+    def completion_giving(self, answer: str) -> str | None:
+        """The shortest completion that gives this answer; `None` where a function of the user's finds it."""
+        return completion_giving(answer, self.answer_extractor, self.answer_tag)
 
     def extract(self, text: str) -> str | None:
-        raise NotImplementedError
+        """The answer that a completion gives; `None` if there is none, or the user's function fails on the text."""
+        extractor = get_answer_extractor(self.answer_extractor, answer_tag=self.answer_tag)
+        if not callable(self.answer_extractor):
+            return extractor(text)
+        try:
+            answer = extractor(text)
+        except Exception:
+            return None
+        return answer if isinstance(answer, str) else number_to_text(answer)
 
     def grade(self, extracted: str | None, reference: str) -> float:
         raise NotImplementedError
@@ -335,9 +345,6 @@ class CorrectnessReward(AnswerReward):
     def full_marks(self) -> float:
         return self.exact_score
 
-    def extract(self, text: str) -> str | None:
-        return extract_tagged_answer(text, self.answer_tag)
-
     def grade(self, extracted: str | None, reference: str) -> float:
         if extracted == reference:
             return self.exact_score
@@ -352,7 +359,8 @@ def get_correctness_reward(
     exact_score: float = 2.0,
     numeric_score: float = 1.5,
     wrong_score: float = 0.0,
-    answer_tag: str = "answer",
+    answer_extractor: AnswerExtractor = "tag",
+    answer_tag: Tag = "answer",
     answer_column: str = "answer",
     name: str = "correctness_reward_func",
 ) -> Callable[..., list[float | None]]:
@@ -370,8 +378,10 @@ def get_correctness_reward(
             [`is_reference_number`].
         wrong_score (`float`, *optional*, defaults to `0.0`):
             Score of everything else, an unclosed or missing answer tag included.
-        answer_tag (`str`, *optional*, defaults to `"answer"`):
-            Name of the answer tag, see [`extract_tagged_answer`].
+        answer_extractor (`str` or `Callable`, *optional*, defaults to `"tag"`):
+            How the answer is found, by name or by a function, see [`get_answer_extractor`].
+        answer_tag (`str` or `tuple[str, str]`, *optional*, defaults to `"answer"`):
+            The answer tag, by its name, or its opening and closing texts.
         answer_column (`str`, *optional*, defaults to `"answer"`):
             The dataset column with the references, see [`reference_to_text`]: texts, GSM8K's solutions, numbers. Where
             a reference is missing (`None`, NaN, empty), the reward is `None`.
@@ -393,6 +403,7 @@ def get_correctness_reward(
     """
     return CorrectnessReward(
         name=name,
+        answer_extractor=answer_extractor,
         answer_tag=answer_tag,
         answer_column=answer_column,
         exact_score=exact_score,
@@ -417,9 +428,6 @@ class ExactCorrectnessReward(AnswerReward):
     def full_marks(self) -> float:
         return self.exact_score
 
-    def extract(self, text: str) -> str | None:
-        return extract_xml_answer(text, self.answer_tag)
-
     def grade(self, extracted: str | None, reference: str) -> float:
         return self.exact_score if extracted == reference else self.wrong_score
 
@@ -431,7 +439,8 @@ def get_exact_correctness_reward(
     *,
     score: float = 2.0,
     wrong_score: float = 0.0,
-    answer_tag: str = "answer",
+    answer_extractor: AnswerExtractor = "xml",
+    answer_tag: Tag = "answer",
     answer_column: str = "answer",
     name: str = "exact_correctness_reward_func",
 ) -> Callable[..., list[float | None]]:
@@ -446,8 +455,10 @@ def get_exact_correctness_reward(
             aside.
         wrong_score (`float`, *optional*, defaults to `0.0`):
             Score of everything else.
-        answer_tag (`str`, *optional*, defaults to `"answer"`):
-            Name of the answer tag, see [`extract_xml_answer`].
+        answer_extractor (`str` or `Callable`, *optional*, defaults to `"xml"`):
+            How the answer is found, by name or by a function, see [`get_answer_extractor`].
+        answer_tag (`str` or `tuple[str, str]`, *optional*, defaults to `"answer"`):
+            The answer tag, by its name, or its opening and closing texts.
         answer_column (`str`, *optional*, defaults to `"answer"`):
             The dataset column with the references, see [`reference_to_text`]: texts, GSM8K's solutions, numbers. Where
             a reference is missing (`None`, NaN, empty), the reward is `None`.
@@ -466,7 +477,12 @@ def get_exact_correctness_reward(
     ```
     """
     return ExactCorrectnessReward(
-        name=name, answer_tag=answer_tag, answer_column=answer_column, exact_score=score, wrong_score=wrong_score
+        name=name,
+        answer_extractor=answer_extractor,
+        answer_tag=answer_tag,
+        answer_column=answer_column,
+        exact_score=score,
+        wrong_score=wrong_score,
     )
 
 

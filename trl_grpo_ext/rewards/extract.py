@@ -6,6 +6,8 @@ Every function is linear in the length of its text and raises on no text.
 import re
 from collections import deque
 
+from ._base import Tag, to_tag_pair
+
 
 # One number as people and models write it. Each alternative is possessive and can fail only after a bounded or a
 # single scan, so that a search over a whole text stays linear.
@@ -38,9 +40,14 @@ PLACEHOLDER = "..."
 # What stands before the final answer in GSM8K's own solutions.
 HASH_MARKER = "####"
 
+# What ends the reasoning of DeepSeek-R1, Qwen3 and their like.
+END_OF_THINKING = "</think>"
 
-def extract_xml_answer(text: str, tag: str = "answer") -> str:
+
+def extract_xml_answer(text: str, tag: Tag = "answer") -> str:
     """The text after the last `<answer>` and before the first `</answer>` that follows, stripped.
+
+    `tag` is the tag's name, or its opening and closing texts: `("<SOLUTION>", "</SOLUTION>")`.
 
     Where a tag is missing the text simply runs on: without any tag this is the whole text, stripped. This is the rule
     that the GSM8K notebooks use, so it is lenient; [`extract_tagged_answer`] is not.
@@ -51,11 +58,14 @@ def extract_xml_answer(text: str, tag: str = "answer") -> str:
     ('24', '24')
     ```
     """
-    return text.rpartition(f"<{tag}>")[2].partition(f"</{tag}>")[0].strip()
+    opening, closing = to_tag_pair("extract_xml_answer", "tag", tag)
+    return text.rpartition(opening)[2].partition(closing)[0].strip()
 
 
-def extract_tagged_answer(text: str, tag: str = "answer") -> str | None:
+def extract_tagged_answer(text: str, tag: Tag = "answer") -> str | None:
     """The stripped text inside the last `<answer>`, or `None` if that is not closed or holds the placeholder `...`.
+
+    `tag` is the tag's name, or its opening and closing texts: `("<SOLUTION>", "</SOLUTION>")`.
 
     Example:
     ```python
@@ -65,12 +75,28 @@ def extract_tagged_answer(text: str, tag: str = "answer") -> str | None:
     True
     ```
     """
-    _, opening, rest = text.rpartition(f"<{tag}>")
-    answer, closing, _ = rest.partition(f"</{tag}>")
+    opening, closing = to_tag_pair("extract_tagged_answer", "tag", tag)
+    _, opened, rest = text.rpartition(opening)
+    answer, closed, _ = rest.partition(closing)
     answer = answer.strip()
-    if not (opening and closing) or answer == PLACEHOLDER:
+    if not (opened and closed) or answer == PLACEHOLDER:
         return None
     return answer
+
+
+def extract_answer_after_thinking(text: str) -> str | None:
+    """What follows the last `</think>`, stripped; `None` without it, or where nothing follows.
+
+    Templates of reasoning models often write the opening `<think>` themselves, so that completions have none.
+
+    Example:
+    ```python
+    >>> extract_answer_after_thinking("2 + 2 x 6 = 14</think>The answer is 14.")
+    'The answer is 14.'
+    ```
+    """
+    _, closed, rest = text.rpartition(END_OF_THINKING)
+    return (rest.strip() or None) if closed else None
 
 
 def extract_hash_answer(text: str) -> str | None:

@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ._base import TextReward, check_score, check_tag
-from .extract import extract_xml_answer
+from ._base import Tag, TextReward, check_score, to_tag_pair
+from .extractors import AnswerExtractor, check_answer_extractor, get_answer_extractor
 
 
 # An integer as people write it: a sign (\u2212 is the Unicode minus), digits, and commas in the right places if any.
@@ -23,25 +23,24 @@ class _TaggedReward(TextReward):
     """A reward over a pair of tags.
 
     Args:
-        tags (`tuple[str, str]`):
-            Names of the reasoning tag and of the answer tag.
+        tags (`tuple`):
+            The reasoning tag and the answer tag, each a name, or its opening and closing texts.
     """
 
-    tags: tuple[str, str]
+    tags: tuple[Tag, Tag]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.tags, tuple | list) or len(self.tags) != 2:
-            raise ValueError(f"{self.name}: tags must be two names, like ('reasoning', 'answer'), got {self.tags!r}")
-        for tag in self.tags:
-            check_tag(self.name, "tags", tag)
-        object.__setattr__(self, "tags", tuple(self.tags))
+            raise ValueError(f"{self.name}: tags must be two tags, like ('reasoning', 'answer'), got {self.tags!r}")
+        object.__setattr__(self, "tags", tuple(tuple(tag) if isinstance(tag, list) else tag for tag in self.tags))
+        _ = self.all_tags  # refuses what is no tag
 
     @property
     def all_tags(self) -> tuple[str, str, str, str]:
-        """The two opening and the two closing tags, in order."""
-        reasoning, answer = self.tags
-        return f"<{reasoning}>", f"</{reasoning}>", f"<{answer}>", f"</{answer}>"
+        """The opening and the closing texts of the two tags, in order."""
+        reasoning, answer = (to_tag_pair(self.name, "tags", tag) for tag in self.tags)
+        return *reasoning, *answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +91,7 @@ def get_xmlcount_reward(
     score_per_tag: float = 0.125,
     penalty_per_char: float = 0.001,
     final_newline_penalty: bool = True,
-    tags: tuple[str, str] = ("reasoning", "answer"),
+    tags: tuple[Tag, Tag] = ("reasoning", "answer"),
     name: str = "xmlcount_reward_func",
 ) -> Callable[..., list[float]]:
     r"""A score for each tag that stands exactly once in its place, less a penalty for text after the last one.
@@ -108,8 +107,8 @@ def get_xmlcount_reward(
         final_newline_penalty (`bool`, *optional*, defaults to `True`):
             As in the notebooks, where a text that does not end in a line break is charged its whole length once.
             `False` does not see a line break at the end.
-        tags (`tuple[str, str]`, *optional*, defaults to `("reasoning", "answer")`):
-            Names of the reasoning tag and of the answer tag.
+        tags (`tuple`, *optional*, defaults to `("reasoning", "answer")`):
+            The reasoning tag and the answer tag, each a name, or its opening and closing texts.
         name (`str`, *optional*, defaults to `"xmlcount_reward_func"`):
             The callable's `__name__`.
 
@@ -180,7 +179,7 @@ def get_soft_format_reward(
     score: float = 0.5,
     exactly_once: bool = False,
     final_newline: bool = False,
-    tags: tuple[str, str] = ("reasoning", "answer"),
+    tags: tuple[Tag, Tag] = ("reasoning", "answer"),
     name: str = "soft_format_reward_func",
 ) -> Callable[..., list[float]]:
     """A score for a text that is a reasoning block and an answer block, with only white space between the two.
@@ -193,8 +192,8 @@ def get_soft_format_reward(
             between the first and the last tag, duplicated blocks are "any text" to it.
         final_newline (`bool`, *optional*, defaults to `False`):
             Whether one line break may follow the closing answer tag.
-        tags (`tuple[str, str]`, *optional*, defaults to `("reasoning", "answer")`):
-            Names of the reasoning tag and of the answer tag.
+        tags (`tuple`, *optional*, defaults to `("reasoning", "answer")`):
+            The reasoning tag and the answer tag, each a name, or its opening and closing texts.
         name (`str`, *optional*, defaults to `"soft_format_reward_func"`):
             The callable's `__name__`.
 
@@ -212,7 +211,7 @@ def get_strict_format_reward(
     score: float = 0.5,
     exactly_once: bool = False,
     final_newline: bool = False,
-    tags: tuple[str, str] = ("reasoning", "answer"),
+    tags: tuple[Tag, Tag] = ("reasoning", "answer"),
     name: str = "strict_format_reward_func",
 ) -> Callable[..., list[float]]:
     r"""Like [`get_soft_format_reward`], but each tag must stand on a line of its own.
@@ -224,8 +223,8 @@ def get_strict_format_reward(
             Whether each of the four tags must occur exactly once.
         final_newline (`bool`, *optional*, defaults to `False`):
             Whether one line break may follow the closing answer tag.
-        tags (`tuple[str, str]`, *optional*, defaults to `("reasoning", "answer")`):
-            Names of the reasoning tag and of the answer tag.
+        tags (`tuple`, *optional*, defaults to `("reasoning", "answer")`):
+            The reasoning tag and the answer tag, each a name, or its opening and closing texts.
         name (`str`, *optional*, defaults to `"strict_format_reward_func"`):
             The callable's `__name__`.
 
@@ -267,7 +266,7 @@ class TagReward(_TaggedReward):
 def get_format_reward(
     *,
     score_per_tag: float = 0.2,
-    tags: tuple[str, str] = ("reasoning", "answer"),
+    tags: tuple[Tag, Tag] = ("reasoning", "answer"),
     name: str = "format_reward_func",
 ) -> Callable[..., list[float]]:
     """A score for each of the four tags that occurs, wherever and however often.
@@ -275,8 +274,8 @@ def get_format_reward(
     Args:
         score_per_tag (`float`, *optional*, defaults to `0.2`):
             Score of each of the four tags.
-        tags (`tuple[str, str]`, *optional*, defaults to `("reasoning", "answer")`):
-            Names of the reasoning tag and of the answer tag.
+        tags (`tuple`, *optional*, defaults to `("reasoning", "answer")`):
+            The reasoning tag and the answer tag, each a name, or its opening and closing texts.
         name (`str`, *optional*, defaults to `"format_reward_func"`):
             The callable's `__name__`.
 
@@ -293,19 +292,20 @@ class IntReward(TextReward):
 
     full_score: float
     signs_and_commas: bool
-    answer_tag: str
+    answer_extractor: AnswerExtractor
+    answer_tag: Tag
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_score(self.name, "score", self.full_score)
-        check_tag(self.name, "answer_tag", self.answer_tag)
+        check_answer_extractor(self.name, self.answer_extractor, self.answer_tag)
 
     @property
     def full_marks(self) -> float:
         return self.full_score
 
     def score(self, text: str) -> float:
-        answer = extract_xml_answer(text, self.answer_tag)
+        answer = get_answer_extractor(self.answer_extractor, answer_tag=self.answer_tag)(text) or ""
         is_integer = answer.isdigit() or (self.signs_and_commas and WRITTEN_INTEGER.fullmatch(answer) is not None)
         return self.full_score if is_integer else 0.0
 
@@ -314,7 +314,8 @@ def get_int_reward(
     *,
     score: float = 0.5,
     signs_and_commas: bool = False,
-    answer_tag: str = "answer",
+    answer_extractor: AnswerExtractor = "xml",
+    answer_tag: Tag = "answer",
     name: str = "int_reward_func",
 ) -> Callable[..., list[float]]:
     """A score for an extracted answer that `str.isdigit` accepts: no sign, no commas, no decimals.
@@ -325,8 +326,10 @@ def get_int_reward(
         signs_and_commas (`bool`, *optional*, defaults to `False`):
             Whether a sign before the number and thousands commas in it are accepted as well (`-5`, `1,080`). The
             notebooks' function does not accept them, so that it cannot be had for 82 of GSM8K's training answers.
-        answer_tag (`str`, *optional*, defaults to `"answer"`):
-            Name of the answer tag. The answer is extracted leniently, see [`extract_xml_answer`].
+        answer_extractor (`str` or `Callable`, *optional*, defaults to `"xml"`):
+            How the answer is found, see [`get_answer_extractor`]; by default leniently.
+        answer_tag (`str` or `tuple[str, str]`, *optional*, defaults to `"answer"`):
+            The answer tag, by its name, or its opening and closing texts.
         name (`str`, *optional*, defaults to `"int_reward_func"`):
             The callable's `__name__`.
 
@@ -334,7 +337,13 @@ def get_int_reward(
         `Callable`:
             A picklable reward function: `completions` to a list of floats.
     """
-    return IntReward(name=name, full_score=score, signs_and_commas=signs_and_commas, answer_tag=answer_tag)
+    return IntReward(
+        name=name,
+        full_score=score,
+        signs_and_commas=signs_and_commas,
+        answer_extractor=answer_extractor,
+        answer_tag=answer_tag,
+    )
 
 
 xmlcount_reward_func = get_xmlcount_reward()

@@ -8,7 +8,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from ..arguments import suggestion
+from ..spelling import suggestion
 from .bundle import RewardBundle, gsm8k_bundle, tag_bundle
 
 
