@@ -227,7 +227,7 @@ def test_bad_tags_are_refused(bad):
         get_int_reward(answer_tag=bad)
     with pytest.raises(ValueError, match="tags must be"):
         get_format_reward(tags=("reasoning", bad))
-    with pytest.raises(ValueError, match="tags must be two names"):
+    with pytest.raises(ValueError, match="tags must be two"):
         get_format_reward(tags=("reasoning",))
 
 
