@@ -314,6 +314,12 @@ def test_any_file_with_columns_of_any_name(tmp_path, name):
         ("hash", "2 <<1+1=2>>\n#### 2", "2", "<reasoning>\n2\n</reasoning>\n<answer>\n2\n</answer>"),
         ("boxed", r"\boxed{\frac{1}{2}}!", r"\frac{1}{2}", None),
         ("tag", "x <answer>\n 7\n</answer>", "7", "x <answer>\n 7\n</answer>"),
+        ("xml", "x <answer>\n 7\n</answer>", "7", "x <answer>\n 7\n</answer>"),
+        ("xml", "7", "7", None),
+        ("last_number", "so 7.", "7", None),
+        ("think", "<think>\n3 + 4\n</think>\n7", "7", "<reasoning>\n3 + 4\n</reasoning>\n<answer>\n7\n</answer>"),
+        (("think", "boxed"), r"\boxed{1}</think>\boxed{7}", "7", None),
+        (str.upper, "seven", "SEVEN", None),
         ("none", " x #### 2 ", "x #### 2", None),
         ("none", 0.1, "0.1", None),
         ("none", 3.0, "3", None),
@@ -326,7 +332,7 @@ def test_answers_are_taken_out_of_their_column(tmp_path, extractor, cell, answer
     path = write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "q": "q", "a": cell}])
     (row,) = load(path, question_column="q", answer_column="a", answer_extractor=extractor)
     assert (row["id"], row["answer"]) == ("1", answer)
-    if extractor == "boxed":
+    if extractor in ("boxed", "last_number", str.upper) or isinstance(extractor, tuple):
         assert row["solution"] == f"<reasoning>\n{cell}\n</reasoning>\n<answer>\n{answer}\n</answer>"
     else:
         assert row.get("solution") == solution
@@ -338,6 +344,8 @@ def test_answers_are_taken_out_of_their_column(tmp_path, extractor, cell, answer
         ("hash", {"q": "q", "a": "5"}, "line 2: the a has no '####' followed by the final answer"),
         ("boxed", {"q": "q", "a": r"\boxed{5"}, r"line 2: the a has no '\\boxed{}'"),
         ("tag", {"q": "q", "a": "<answer>5"}, "line 2: the a has no closed <answer> tag"),
+        ("think", {"q": "q", "a": "5"}, "line 2: the a has no '</think>' followed by the final answer"),
+        (("boxed", "last_number"), {"q": "q", "a": r"\boxed{x} 5"}, "the a has no answer that \\('boxed', 'last_n"),
         ("hash", {"q": "q", "a": 5}, "line 2: no text in column 'a'"),
         ("none", {"q": "q", "a": [5]}, "line 2: column 'a' holds a list, and must hold a text or a number"),
         ("none", {"q": "q", "a": ""}, "line 2: no text in column 'a'"),
@@ -346,7 +354,7 @@ def test_answers_are_taken_out_of_their_column(tmp_path, extractor, cell, answer
     ],
 )
 def test_a_reference_that_cannot_be_taken_out_is_named(tmp_path, extractor, row, message):
-    good = {"q": "q", "a": r"<answer>1</answer> \boxed{1} #### 1"}
+    good = {"q": "q", "a": r"</think><answer>1</answer> \boxed{1} #### 1"}
     path = write_jsonl(tmp_path / "a.jsonl", [good, row])
     with pytest.raises(ValueError, match=message) as error:
         load(path, question_column="q", answer_column="a", answer_extractor=extractor)
@@ -482,7 +490,7 @@ def test_data_sets_and_streams_that_are_loaded_already():
 
 def test_what_cannot_be_loaded(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match="answer_extractor must be one of hash, boxed, tag, none, got 'latex'"):
+    with pytest.raises(ValueError, match="answer_extractor must be one of .* got 'latex'"):
         load_problems(str(path), answer_extractor="latex")
     with pytest.raises(ValueError, match="max_rows must be at least 1, got 0"):
         load_problems(str(path), max_rows=0)

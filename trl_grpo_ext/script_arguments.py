@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from trl.scripts.grpo import GRPOScriptArguments
 
+from .rewards.extractors import ANSWER_EXTRACTORS
+
 
 @dataclass
 class RunArguments:
@@ -54,9 +56,10 @@ class ColumnArguments:
     answer_extractor: str | None = field(
         default=None,
         metadata={
-            "help": "What of that column is the answer: what follows '####' (hash), the last \\boxed{} (boxed), the "
-            "answer tag's content (tag), all of it (none). Default: hash if the first row has '####', else none.",
-            "choices": ["hash", "boxed", "tag", "none"],
+            "help": "What of that column is the answer: what follows '####' (hash) or '</think>' (think), the last "
+            "\\boxed{} (boxed), the answer tag's content (tag; xml: also where it is not closed), the last number "
+            "(last_number), all of it (none). Default: hash if the first row has '####', else none.",
+            "choices": list(ANSWER_EXTRACTORS),
         },
     )
 

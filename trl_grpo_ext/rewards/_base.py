@@ -18,21 +18,39 @@ def check_score(reward: str, option: str, value: float) -> None:
 Tag: TypeAlias = str | tuple[str, str]
 
 
-def to_tag_pair(reward: str, option: str, value: Tag) -> tuple[str, str]:
+def to_tag_pair(reward: str, option: str, value: Tag, *, open_ended: bool = False) -> tuple[str, str]:
     """The opening and the closing text of a tag.
+
+    Args:
+        reward (`str`):
+            What the message calls the one who asks.
+        option (`str`):
+            The option that `value` is of.
+        value (`str` or `tuple[str, str]`):
+            A tag's name, or its two texts.
+        open_ended (`bool`, *optional*, defaults to `False`):
+            Whether one of the texts may be empty: without an opening text, what is tagged begins with the completion;
+            without a closing one, it ends with it.
 
     Raises:
         ValueError: If `value` is neither a tag's name nor two different texts.
     """
     if isinstance(value, str) and value and not set(value) & set("<>/ \n\t"):
         return f"<{value}>", f"</{value}>"
-    is_pair = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(part, str) for part in value)
-    if is_pair and value[0].strip() and value[1].strip() and value[0] != value[1]:
-        return value[0], value[1]
+    if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(part, str) for part in value):
+        opening, closing = value
+        texts = [part for part in value if part or not open_ended]
+        if texts and all(part.strip() for part in texts) and opening != closing:
+            return opening, closing
     raise ValueError(
         f"{reward}: {option} must be a tag's name without brackets, like 'answer', or the texts that open and close "
         f"it, like ('<SOLUTION>', '</SOLUTION>'), got {value!r}"
     )
+
+
+def to_tuple(value: Any) -> Any:
+    """A list, as files of settings have them, and the lists in it as tuples, which do not change."""
+    return tuple(map(to_tuple, value)) if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -281,7 +281,7 @@ def gsm8k_bundle(
             The reasoning tag and the answer tag, each a name, or its opening and closing texts.
         answer_column (`str`, *optional*, defaults to `"answer"`):
             The dataset column with the references.
-        answer_extractor (`str` or `Callable`, *optional*, defaults to `"tag"`):
+        answer_extractor (`str`, `Callable` or a tuple of these, *optional*, defaults to `"tag"`):
             How the answer is found, see [`get_answer_extractor`].
 
     Returns:

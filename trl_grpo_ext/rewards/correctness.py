@@ -9,9 +9,9 @@ from itertools import islice
 from numbers import Rational
 from typing import Any
 
-from ._base import Reward, Tag, check_score
+from ._base import Reward, Tag, check_score, to_tuple
 from .extract import CURRENCY, NUMBER
-from .extractors import AnswerExtractor, check_answer_extractor, completion_giving, get_answer_extractor
+from .extractors import AnswerExtractor, check_answer_extractor, completion_giving, extract_answer
 from .references import number_to_text, reference_to_text
 from .text import completion_to_text
 
@@ -255,6 +255,8 @@ class AnswerReward(Reward):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_answer_extractor(self.name, self.answer_extractor, self.answer_tag)
+        for option in ("answer_extractor", "answer_tag"):
+            object.__setattr__(self, option, to_tuple(getattr(self, option)))
         if not isinstance(self.answer_column, str) or not self.answer_column:
             raise ValueError(f"{self.name}: answer_column must be a column's name, got {self.answer_column!r}")
 
@@ -264,14 +266,7 @@ class AnswerReward(Reward):
 
     def extract(self, text: str) -> str | None:
         """The answer that a completion gives; `None` if there is none, or the user's function fails on the text."""
-        extractor = get_answer_extractor(self.answer_extractor, answer_tag=self.answer_tag)
-        if not callable(self.answer_extractor):
-            return extractor(text)
-        try:
-            answer = extractor(text)
-        except Exception:
-            return None
-        return answer if isinstance(answer, str) else number_to_text(answer)
+        return extract_answer(text, self.answer_extractor, self.answer_tag)
 
     def grade(self, extracted: str | None, reference: str) -> float:
         raise NotImplementedError
@@ -378,8 +373,9 @@ def get_correctness_reward(
             [`is_reference_number`].
         wrong_score (`float`, *optional*, defaults to `0.0`):
             Score of everything else, an unclosed or missing answer tag included.
-        answer_extractor (`str` or `Callable`, *optional*, defaults to `"tag"`):
-            How the answer is found, by name or by a function, see [`get_answer_extractor`].
+        answer_extractor (`str`, `Callable` or a tuple of these, *optional*, defaults to `"tag"`):
+            How the answer is found, by name or by a function, see [`get_answer_extractor`]. Where a function of your
+            own fails on a text, there is no answer in it.
         answer_tag (`str` or `tuple[str, str]`, *optional*, defaults to `"answer"`):
             The answer tag, by its name, or its opening and closing texts.
         answer_column (`str`, *optional*, defaults to `"answer"`):
@@ -455,8 +451,9 @@ def get_exact_correctness_reward(
             aside.
         wrong_score (`float`, *optional*, defaults to `0.0`):
             Score of everything else.
-        answer_extractor (`str` or `Callable`, *optional*, defaults to `"xml"`):
-            How the answer is found, by name or by a function, see [`get_answer_extractor`].
+        answer_extractor (`str`, `Callable` or a tuple of these, *optional*, defaults to `"xml"`):
+            How the answer is found, by name or by a function, see [`get_answer_extractor`]. Where a function of your
+            own fails on a text, there is no answer in it.
         answer_tag (`str` or `tuple[str, str]`, *optional*, defaults to `"answer"`):
             The answer tag, by its name, or its opening and closing texts.
         answer_column (`str`, *optional*, defaults to `"answer"`):

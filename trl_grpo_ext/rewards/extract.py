@@ -47,7 +47,7 @@ END_OF_THINKING = "</think>"
 def extract_xml_answer(text: str, tag: Tag = "answer") -> str:
     """The text after the last `<answer>` and before the first `</answer>` that follows, stripped.
 
-    `tag` is the tag's name, or its opening and closing texts: `("<SOLUTION>", "</SOLUTION>")`.
+    `tag` is the tag's name, or its opening and closing texts, see [`extract_tagged_answer`].
 
     Where a tag is missing the text simply runs on: without any tag this is the whole text, stripped. This is the rule
     that the GSM8K notebooks use, so it is lenient; [`extract_tagged_answer`] is not.
@@ -58,14 +58,15 @@ def extract_xml_answer(text: str, tag: Tag = "answer") -> str:
     ('24', '24')
     ```
     """
-    opening, closing = to_tag_pair("extract_xml_answer", "tag", tag)
-    return text.rpartition(opening)[2].partition(closing)[0].strip()
+    opening, closing = to_tag_pair("extract_xml_answer", "tag", tag, open_ended=True)
+    return _between(text, opening, closing)[0]
 
 
 def extract_tagged_answer(text: str, tag: Tag = "answer") -> str | None:
     """The stripped text inside the last `<answer>`, or `None` if that is not closed or holds the placeholder `...`.
 
-    `tag` is the tag's name, or its opening and closing texts: `("<SOLUTION>", "</SOLUTION>")`.
+    `tag` is the tag's name, or its opening and closing texts: `("<SOLUTION>", "</SOLUTION>")`. One of the two may be
+    empty: `("Answer:", "")` is all that follows the last `Answer:`.
 
     Example:
     ```python
@@ -75,19 +76,29 @@ def extract_tagged_answer(text: str, tag: Tag = "answer") -> str | None:
     True
     ```
     """
-    opening, closing = to_tag_pair("extract_tagged_answer", "tag", tag)
-    _, opened, rest = text.rpartition(opening)
-    answer, closed, _ = rest.partition(closing)
-    answer = answer.strip()
-    if not (opened and closed) or answer == PLACEHOLDER:
+    opening, closing = to_tag_pair("extract_tagged_answer", "tag", tag, open_ended=True)
+    answer, is_whole = _between(text, opening, closing)
+    if not is_whole or answer == PLACEHOLDER or not (closing or answer):
         return None
     return answer
+
+
+def _between(text: str, opening: str, closing: str) -> tuple[str, bool]:
+    """What the last tag holds, stripped, and whether both of its texts are there; an empty one always is."""
+    opened = closed = "always"
+    if opening:
+        _, opened, text = text.rpartition(opening)
+    if closing:
+        text, closed, _ = text.partition(closing)
+    return text.strip(), bool(opened and closed)
 
 
 def extract_answer_after_thinking(text: str) -> str | None:
     """What follows the last `</think>`, stripped; `None` without it, or where nothing follows.
 
-    Templates of reasoning models often write the opening `<think>` themselves, so that completions have none.
+    Templates of reasoning models often write the opening `<think>` themselves, so that completions have none. Where a
+    model thinks several times, what it says in between is no answer. A box or a tag in what follows is left as it is:
+    `answer_extractor=("think", "boxed")` opens it, see [`get_answer_extractor`].
 
     Example:
     ```python

@@ -1,7 +1,7 @@
 """Data sets with the columns `prompt` (messages), `answer`, `id` and `solution` where they have them."""
 
+from ..rewards.extractors import ANSWER_EXTRACTORS
 from .arithmetic import load_arithmetic
-from .layouts import ANSWER_EXTRACTORS
 from .problems import hold_out, load_problems, to_problems
 from .prompts import SYSTEM_PROMPT, format_solution, system_prompt_named, to_prompt
 from .published import TASKS, load_asdiv, load_gsm8k, load_math, load_svamp

@@ -17,7 +17,8 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from ..rewards.correctness import parse_plain_number
-from ..rewards.extract import HASH_MARKER, extract_boxed_answer, extract_hash_answer, extract_tagged_answer
+from ..rewards.extract import END_OF_THINKING, HASH_MARKER, extract_tagged_answer
+from ..rewards.extractors import AnswerExtractor, extract_answer, get_answer_extractor
 from ..rewards.references import number_to_text, reference_to_text
 from .files import Row
 from .prompts import format_solution
@@ -51,16 +52,18 @@ class Problem:
 
 Layout: TypeAlias = Callable[[Row], Problem]
 
-# For each `answer_extractor`: what takes the answer out of a text, and what a text must have for that.
-ANSWER_EXTRACTORS: dict[str, tuple[Callable[[str], str | None], str]] = {
-    "hash": (extract_hash_answer, f"'{HASH_MARKER}' followed by the final answer"),
-    "boxed": (extract_boxed_answer, r"'\boxed{}' with the final answer in it"),
-    "tag": (extract_tagged_answer, "closed <answer> tag with the final answer in it"),
-    "none": (str.strip, "text"),
+# What a text must have for an answer to be found in it, by the extractor's name.
+_WANTED = {
+    "tag": "closed <answer> tag with the final answer in it",
+    "xml": "answer",
+    "boxed": r"'\boxed{}' with the final answer in it",
+    "hash": f"'{HASH_MARKER}' followed by the final answer",
+    "last_number": "number",
+    "think": f"'{END_OF_THINKING}' followed by the final answer",
 }
 
 
-def read_columns(row: Row, question_column: str, answer_column: str, answer_extractor: str) -> Problem:
+def read_columns(row: Row, question_column: str, answer_column: str, answer_extractor: AnswerExtractor) -> Problem:
     """The problem of a row whose columns are named.
 
     The text from which an answer is taken out becomes the solution.
@@ -68,19 +71,23 @@ def read_columns(row: Row, question_column: str, answer_column: str, answer_extr
     question = _question(row, question_column)
     if answer_extractor == "none":
         return Problem(question, _answer(row, answer_column), None, _id(row))
-    extract, wanted = ANSWER_EXTRACTORS[answer_extractor]
     text = _text(row, answer_column)
-    answer = extract(text)
+    answer = extract_answer(text, answer_extractor)
     if not answer:
-        raise ValueError(f"the {answer_column} has no {wanted}")
-    if answer_extractor == "tag":
-        solution = text
-    elif answer_extractor == "hash":
-        reasoning = CALCULATOR_ANNOTATION.sub("", text.rpartition(HASH_MARKER)[0]).strip()
-        solution = format_solution(reasoning, answer)
-    else:
-        solution = format_solution(text.strip(), answer)
-    return Problem(question, answer, solution, _id(row))
+        wanted = _WANTED.get(answer_extractor) if isinstance(answer_extractor, str) else None
+        raise ValueError(f"the {answer_column} has no {wanted or f'answer that {answer_extractor!r} finds'}")
+    return Problem(question, answer, _solution(text, answer, answer_extractor), _id(row))
+
+
+def _solution(text: str, answer: str, answer_extractor: AnswerExtractor) -> str | None:
+    """The text from which an answer was taken, in the format that the system prompt asks for."""
+    if answer_extractor in ("tag", "xml"):
+        return text if extract_tagged_answer(text) == answer else None
+    if answer_extractor == "hash":
+        text = CALCULATOR_ANNOTATION.sub("", text.rpartition(HASH_MARKER)[0])
+    if answer_extractor == "think":
+        text = text.rpartition(END_OF_THINKING)[0].strip().removeprefix("<think>")
+    return format_solution(text.strip(), answer)
 
 
 def read_math(row: Row) -> Problem:
@@ -115,7 +122,7 @@ def choose_layout(
     row: Row,
     question_column: str | None = None,
     answer_column: str | None = None,
-    answer_extractor: str | None = None,
+    answer_extractor: AnswerExtractor | None = None,
 ) -> Layout:
     """The layout of a data set, from its first row and what has been said about it.
 
@@ -129,8 +136,7 @@ def choose_layout(
     question_column, answer_column = question_column or "question", answer_column or "answer"
     if answer_extractor is None:
         answer_extractor = "hash" if HASH_MARKER in str(row.get(answer_column)) else "none"
-    if answer_extractor not in ANSWER_EXTRACTORS:
-        raise ValueError(f"answer_extractor must be one of {', '.join(ANSWER_EXTRACTORS)}, got {answer_extractor!r}")
+    get_answer_extractor(answer_extractor)  # refuses what is none
     return partial(
         read_columns,
         question_column=question_column,

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..rewards.extractors import AnswerExtractor, get_answer_extractor
 from .arithmetic import load_arithmetic
 from .files import Row, files_of, is_on_disk, read_rows
-from .layouts import ANSWER_EXTRACTORS, Layout, Problem, choose_layout
+from .layouts import Layout, Problem, choose_layout
 from .prompts import SYSTEM_PROMPT, to_prompt
 
 
@@ -44,7 +45,7 @@ def load_problems(
     config: str | None = None,
     question_column: str | None = None,
     answer_column: str | None = None,
-    answer_extractor: str | None = None,
+    answer_extractor: AnswerExtractor | None = None,
     system_prompt: str | None = SYSTEM_PROMPT,
     with_example: bool = False,
     max_rows: int | None = None,
@@ -69,10 +70,11 @@ def load_problems(
             published data set calls them (see [`trl_grpo_ext.tasks.layouts`]), and else are `question` and `answer`.
         answer_column (`str`, *optional*):
             The column with the answer.
-        answer_extractor (`str`, *optional*):
-            How the answer is taken out of its column: `"hash"` (what follows `####`), `"boxed"` (the last
-            `\\boxed{}`), `"tag"` (what the answer tag encloses) or `"none"` (as it is). Where it is left out, `"hash"`
-            if the first row has `####`, else `"none"`.
+        answer_extractor (`str`, `Callable` or a tuple of these, *optional*):
+            How the answer is taken out of its column, as rewards take it out of a completion, see
+            [`get_answer_extractor`]: `"hash"` (what follows `####`), `"boxed"` (the last `\\boxed{}`), `"tag"` (what
+            the answer tag encloses), `"none"` (as it is), ... Where it is left out, `"hash"` if the first row has
+            `####`, else `"none"`.
         system_prompt (`str`, *optional*):
             System message before each question; `None` leaves it out.
         with_example (`bool`, *optional*, defaults to `False`):
@@ -92,8 +94,8 @@ def load_problems(
         ValueError: If there are no rows, or a row has no question or no answer; the message is one line and names
             file and line.
     """
-    if answer_extractor not in (None, *ANSWER_EXTRACTORS):
-        raise ValueError(f"answer_extractor must be one of {', '.join(ANSWER_EXTRACTORS)}, got {answer_extractor!r}")
+    if answer_extractor is not None:
+        get_answer_extractor(answer_extractor)  # refuses what is none
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
     if name_or_path == ARITHMETIC:
@@ -121,7 +123,7 @@ def to_problems(
     *,
     question_column: str | None = None,
     answer_column: str | None = None,
-    answer_extractor: str | None = None,
+    answer_extractor: AnswerExtractor | None = None,
     system_prompt: str | None = SYSTEM_PROMPT,
     with_example: bool = False,
     keeps_columns: bool = False,
