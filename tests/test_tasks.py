@@ -490,7 +490,7 @@ def test_data_sets_and_streams_that_are_loaded_already():
 
 def test_what_cannot_be_loaded(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match="answer_extractor must be one of .* got 'latex'"):
+    with pytest.raises(ValueError, match=r"answer_extractor must be one of .* got 'latex'"):
         load_problems(str(path), answer_extractor="latex")
     with pytest.raises(ValueError, match="max_rows must be at least 1, got 0"):
         load_problems(str(path), max_rows=0)
