@@ -100,9 +100,9 @@ def verl_gsm8k(text):  # but that it wants one space
     return 1.0 if numbers and numbers[-1].replace(",", "") == "14" else 0.0
 
 
-def dapo(text):
-    answers = re.findall(r"Answer\s*:\s*([^\n]+)", text)  # of a line that has it twice, what follows the first
-    return 1.0 if answers and answers[-1].rpartition("Answer:")[2].strip() == "14" else -1.0
+def dapo(text):  # but that the last one counts of a line that has several
+    answers = re.findall(r"Answer:\s*((?:(?!Answer:)[^\n])+)", text)
+    return 1.0 if answers and answers[-1].strip() == "14" else -1.0
 
 
 ORACLES = [
