@@ -1,5 +1,7 @@
 import math
 import pickle
+import random
+import re
 
 import oracle
 import pytest
@@ -190,6 +192,101 @@ def test_int_and_tag_options():
     assert score_of(get_int_reward(answer_tag="final"), "<answer>x</answer><final>7</final>") == 0.5
     assert score_of(get_format_reward(score_per_tag=1.0), STRICT) == 4.0
     assert score_of(get_format_reward(tags=("think", "final")), "<think></think><final>") == pytest.approx(0.6)
+
+
+# Formats by their sections, with what each has between them.
+FORMATS = [
+    ["reasoning", "answer"],
+    [("<start_working_out>", "<end_working_out>"), ("<SOLUTION>", "</SOLUTION>")],
+    [("", "</think>"), "answer"],
+    ["think", ("", "")],
+    [("", "</think>"), ("", "")],
+    ["plan", "think", "answer"],
+    ["answer"],
+    ["think", ("Answer:", "")],
+    [("Plan:", ""), ("Answer:", "")],
+]
+
+
+def texts_in(sections):
+    pairs = [(f"<{section}>", f"</{section}>") if isinstance(section, str) else section for section in sections]
+    return pairs, [text for pair in pairs for text in pair if text]
+
+
+def expression_of(pairs, strict):
+    """The format as the notebooks would write it: any text in a section, white space between two that are closed."""
+    parts = []
+    for place, (opening, closing) in enumerate(pairs):
+        is_last = place == len(pairs) - 1
+        line_break = "\n" if strict else ""
+        parts.append(re.escape(opening) + (line_break if opening else ""))
+        parts.append(r"[\s\S]*?" if closing or not is_last else r"[\s\S]*")
+        parts.append((line_break if closing else "") + re.escape(closing))
+        if not is_last:
+            parts.append("\n" if strict else r"\s*")
+    return re.compile("".join(parts))
+
+
+@pytest.mark.parametrize("sections", FORMATS, ids=str)
+def test_sections(sections):
+    pairs, texts = texts_in(sections)
+    soft, strict = (factory(sections=sections) for factory in (get_soft_format_reward, get_strict_format_reward))
+    once = get_format_reward(sections=sections, score_per_tag=1.0, missing_score=-0.5, exactly_once=True)
+    anywhere = get_format_reward(sections=sections, score_per_tag=1.0)
+    rng = random.Random(str(sections))
+    pieces = [*texts, *(f"\n{text}\n" for text in texts), "x", "\n", " "]
+    whole = [["", text, rng.choice(["x", "\n", "", "\nx\n"])] for text in texts]
+    seen = set()
+    for _ in range(600):
+        drawn = rng.choices(pieces, k=rng.randrange(9))
+        if rng.random() < 0.7:  # near the format
+            drawn = ["x" if pairs[0][0] == "" else ""]
+            for _, text, filling in whole:
+                drawn += [text, rng.choice([filling, "x", "\n", "\nx\n", ""])]
+            drawn[-1] = rng.choice(["", "", drawn[-1]])
+        text = "".join(drawn)
+        is_soft, is_strict = (expression_of(pairs, s).fullmatch(text) is not None for s in (False, True))
+        assert score_of(soft, text) == 0.5 * is_soft, text
+        assert score_of(strict, text) == 0.5 * is_strict, text
+        assert score_of(once, text) == sum(1.0 if text.count(tag) == 1 else -0.5 for tag in texts)
+        assert score_of(anywhere, text) == sum(tag in text for tag in texts)
+        seen |= {is_soft, ("strict", is_strict)}
+    assert {True, False} <= seen
+    assert once.full_marks == anywhere.full_marks == len(texts)
+
+
+def test_two_sections_are_tags():
+    tags = (("<a>", "</b>"), "final")
+    for factory in (get_soft_format_reward, get_strict_format_reward, get_format_reward):
+        text = "<a>\nr\n</b>\n<final>\n7\n</final>"
+        by_tags, by_sections = factory(tags=tags), factory(sections=[["<a>", "</b>"], "final"])
+        assert score_of(by_tags, text) == score_of(by_sections, text) == by_sections.full_marks == by_tags.full_marks
+        assert pickle.loads(pickle.dumps(by_sections)) == by_sections
+        assert hash(by_sections) == hash(factory(sections=(("<a>", "</b>"), "final")))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ([], "sections must be a list of tags"),
+        ("think", "sections must be a list of tags"),
+        (["think", "<answer>"], "sections must be a tag's name without brackets"),
+        (["think", ("", " ")], "sections must be a tag's name without brackets"),
+        ([("a:", ""), ("", "b:")], "nothing shows where one section ends"),
+        (["think", "think"], "'<think>' stands for two places"),
+    ],
+)
+def test_bad_sections_are_refused(sections, message):
+    for factory in (get_soft_format_reward, get_strict_format_reward, get_format_reward):
+        with pytest.raises(ValueError, match=f"{factory().name}: {message}"):
+            factory(sections=sections)
+
+
+def test_sections_that_say_nothing_are_refused():
+    with pytest.raises(ValueError, match="give tags or sections, not both"):
+        get_soft_format_reward(tags=("think", "answer"), sections=["think"])
+    with pytest.raises(ValueError, match="sections have no tags"):
+        get_format_reward(sections=[("", "")])
 
 
 FACTORIES = [

@@ -13,7 +13,11 @@ from trl_grpo_ext.rewards import (
     exact_correctness_reward_func,
     extract_boxed_answer,
     extract_last_number,
+    get_correctness_reward,
+    get_format_reward,
+    get_int_reward,
     get_soft_format_reward,
+    get_strict_format_reward,
     gsm8k_bundle,
     numerically_equal,
     parse_number,
@@ -28,6 +32,17 @@ REWARDS = [
     *tag_bundle().select("format_reward_func"),
     exact_correctness_reward_func,
     get_soft_format_reward(exactly_once=True, name="soft_once"),
+    get_soft_format_reward(sections=[("", "</reasoning>"), "plan", ("<answer>", "")], name="soft_open"),
+    get_strict_format_reward(sections=["reasoning", "answer", ("", "")], name="strict_open"),
+    get_format_reward(sections=["reasoning"], exactly_once=True, missing_score=-1.0, name="tags_once"),
+    *(
+        get_correctness_reward(answer_extractor=answer_extractor, answer_tag=answer_tag, name=f"by_{place}")
+        for place, (answer_extractor, answer_tag) in enumerate(
+            [(("think", "boxed", "last_number"), "answer"), ("tag", ("<answer>", "")), ("xml", ("", "</answer>"))]
+        )
+    ),
+    get_correctness_reward(answer_extractor=lambda text: text.split()[3], name="by_a_function_that_fails"),
+    get_int_reward(answer_extractor=lambda text: int(text), name="integer_by_a_function_that_fails"),
 ]
 
 TEXT = st.text() | st.text(alphabet="<>/answer reasoning\n0123456789.,-$%\\{}eE", max_size=200)
@@ -74,6 +89,8 @@ HOSTILE = {
     "answer tags": lambda size: "<answer></answer>" * (size // 17),
     "unclosed answer tags": lambda size: "<answer>" * (size // 8),
     "nested tags": lambda size: "<answer>" * (size // 17) + "1" + "</answer>" * (size // 17),
+    "ends of thinking": lambda size: "</think>" * (size // 8),
+    "closed, white space, no more": lambda size: "x</reasoning>" + " \n" * (size // 2) + "<plan>" + " " * 9,
     "white space": lambda size: " " * size,
     "white space after a tag": lambda size: "<reasoning></reasoning>" + " \n\t" * (size // 3) + "</answer>",
     "line breaks": lambda size: "\n" * size,

@@ -132,7 +132,7 @@ def completion_giving(answer: str, answer_extractor: AnswerExtractor, answer_tag
             `None` where that is not known, because a function of the user's finds it in none of the common forms.
     """
     opening, closing = to_tag_pair("completion_giving", "answer_tag", answer_tag, open_ended=True)
-    common = [template for _, template in _EXTRACTORS.values()]
+    common = sorted({template for _, template in _EXTRACTORS.values()}, key=lambda form: (len(form), form))
     steps = _steps(answer_extractor)
     for templates in product(*(common if callable(step) else [_EXTRACTORS[step][1]] for step in steps)):
         completion = answer
