@@ -50,6 +50,31 @@ def test_columns_and_rewards_of_somebodys_own(tmp_path, capsys):
     assert "1 of 2 references get full marks" in shown
 
 
+RULES = """
+from trl_grpo_ext.rewards import *
+
+THINK = RewardBundle(
+    [get_correctness_reward(answer_extractor=("think", "boxed")), get_format_reward(sections=["think"])]
+)
+WORKING_OUT = tag_bundle(tags=(("<start>", "<end>"), ("<SOLUTION>", "</SOLUTION>")))
+OPENED = RewardBundle(
+    [get_correctness_reward(answer_tag=("Answer:", "")), get_strict_format_reward(sections=["plan", ("Answer:", "")])]
+)
+BOXED = RewardBundle([get_correctness_reward(answer_extractor="boxed")])
+"""
+
+
+@pytest.mark.parametrize("name", ["THINK", "WORKING_OUT", "OPENED", "BOXED"])
+def test_references_in_the_format_of_the_rewards(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rules_of_mine.py").write_text(RULES)
+    monkeypatch.syspath_prepend(tmp_path)
+    for row in (GOOD, {"question": "q", "answer": "2"}):
+        rows = write(tmp_path / "a.jsonl", row, row)
+        status, shown, _ = run(capsys, rows, "--bundle", f"rules_of_mine.{name}")
+        assert (status, "2 of 2 references get full marks" in shown) == (0, True), shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -10,6 +10,7 @@ import re
 import pytest
 from guides import GUIDES, blocks_of
 
+from trl_grpo_ext.rewards.audit import audit, with_solutions
 from trl_grpo_ext.rewards.correctness import AnswerReward
 
 
@@ -57,7 +58,10 @@ def test_a_line_ports_its_notebook(row):
         assert score == (reward.wrong_score if isinstance(reward, AnswerReward) else pytest.approx(full_marks))
     for unformatted in ("The answer is 14.", "", REASONING):
         assert all(score < full for score, full in zip(scores_of(bundle, unformatted), best, strict=True))
-    # what `audit` takes for the shortest right completion is one
+    # what `audit` writes, and what `check_references` takes for the shortest right completion, is right
+    rows = with_solutions(bundle, [{"answer": "14"}, {"answer": "-3.5"}, {"answer": "1,080"}])
+    assert audit(bundle.select("correctness_reward_func"), rows).ok
+    assert audit(bundle, rows[:1]).ok
     (correctness,) = (reward for reward in bundle if isinstance(reward, AnswerReward))
     assert correctness(completions=[correctness.completion_giving("14")], answer=["14"]) == [correctness.full_marks]
 

@@ -32,6 +32,8 @@ REWARDS = [
     *tag_bundle().select("format_reward_func"),
     exact_correctness_reward_func,
     get_soft_format_reward(exactly_once=True, name="soft_once"),
+]
+REWARDS_OF_OTHER_FORMATS = [
     get_soft_format_reward(sections=[("", "</reasoning>"), "plan", ("<answer>", "")], name="soft_open"),
     get_strict_format_reward(sections=["reasoning", "answer", ("", "")], name="strict_open"),
     get_format_reward(sections=["reasoning"], exactly_once=True, missing_score=-1.0, name="tags_once"),
@@ -63,7 +65,7 @@ COMPLETION = TEXT | st.none() | st.lists(MESSAGE, max_size=3)
 def test_every_reward_scores_every_text(rows):
     completions = [completion for completion, _ in rows]
     answers = [answer for _, answer in rows]
-    for reward_func in REWARDS:
+    for reward_func in REWARDS + REWARDS_OF_OTHER_FORMATS:
         scores = reward_func(prompts=[None] * len(rows), completions=completions, answer=answers)
         assert len(scores) == len(rows)
         for score, answer in zip(scores, answers, strict=True):
@@ -89,8 +91,6 @@ HOSTILE = {
     "answer tags": lambda size: "<answer></answer>" * (size // 17),
     "unclosed answer tags": lambda size: "<answer>" * (size // 8),
     "nested tags": lambda size: "<answer>" * (size // 17) + "1" + "</answer>" * (size // 17),
-    "ends of thinking": lambda size: "</think>" * (size // 8),
-    "closed, white space, no more": lambda size: "x</reasoning>" + " \n" * (size // 2) + "<plan>" + " " * 9,
     "white space": lambda size: " " * size,
     "white space after a tag": lambda size: "<reasoning></reasoning>" + " \n\t" * (size // 3) + "</answer>",
     "line breaks": lambda size: "\n" * size,
@@ -113,6 +113,11 @@ HOSTILE = {
     "overlapping tags": lambda size: "\n<answer>\n" + "\n</answer>" * (size // 10) + "\n",
     "backslashes": lambda size: "<answer>" + "\\" * size + "</answer>",
     "words": lambda size: "<answer>" + "word " * (size // 5) + "</answer>",
+}
+HOSTILE_TO_OTHER_FORMATS = {
+    "ends of thinking": lambda size: "</think>" * (size // 8),
+    "white space between two sections": lambda size: "x</reasoning>" + " \n" * (size // 2) + "<plan>",
+    **{kind: HOSTILE[kind] for kind in ("closed reasoning, white space", "strict middles", "pairs of tags")},
 }
 
 
@@ -141,8 +146,22 @@ def test_time_grows_linearly(kind):
         extract_last_number(text)
         extract_boxed_answer(text)
 
+    assert_linear(score, small, large)
+
+
+@pytest.mark.parametrize("kind", HOSTILE_TO_OTHER_FORMATS)
+def test_time_grows_linearly_for_other_formats(kind):
+    def score(text):
+        for reward_func in REWARDS_OF_OTHER_FORMATS:
+            (value,) = reward_func(completions=[text], answer=["72"])
+            assert math.isfinite(value)
+
+    assert_linear(score, *map(HOSTILE_TO_OTHER_FORMATS[kind], (100_000, 1_000_000)))
+
+
+def assert_linear(function, small, large):
     # Linear is 10, quadratic is 100. What is done in microseconds is fast enough, whatever its ratio.
-    ratio = seconds(score, large) / max(seconds(score, small), 1e-4)
+    ratio = seconds(function, large) / max(seconds(function, small), 1e-4)
     assert ratio < 35, f"10 times the text took {ratio:.0f} times as long"
 
 

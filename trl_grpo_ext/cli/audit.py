@@ -5,7 +5,7 @@ Exit status: 0 if every reference gets full marks, 1 if some do not, 2 if the da
 
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..arguments import OneLineParser
 from ..exits import stop
@@ -54,26 +54,16 @@ def main(arguments: list[str]) -> None:
     options, named = parser.parse_or_stop(arguments)
     bundle = rewards_of("bundle", options.bundle)
 
-    from ..rewards import audit
+    from ..rewards.audit import audit, with_solutions
     from ..tasks import load_problems
 
     try:
         problems = load_problems(named.dataset, split=options.split, config=options.dataset_config, **options.columns)
-        report = audit(bundle, with_solutions(problems))
+        report = audit(bundle, with_solutions(bundle, problems))
     except (ValueError, OSError) as error:
         stop(2, error)
     print_report(report, options.failures)
     sys.exit(0 if report.ok else 1)
-
-
-def with_solutions(problems: Any) -> Any:
-    """Problems with what a policy would have to write: the bare answer in its tags if the data set does not say."""
-    if "solution" in problems.column_names:
-        return problems
-
-    from ..tasks import format_solution
-
-    return [{**row, "solution": format_solution(f"It is {row['answer']}.", row["answer"])} for row in problems]
 
 
 def print_report(report: "AuditReport", failures_shown: int) -> None:

@@ -4,13 +4,18 @@
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
+from ._base import Reward, to_tag_pair
 from .bundle import RewardBundle, reward_name
 from .correctness import AnswerReward, CorrectnessReward, parse_plain_number
+from .extract import HASH_MARKER
+from .format import TAGS, SectionsReward
 from .references import is_missing, reference_to_text
 
 
@@ -139,6 +144,68 @@ def audit(
             ]
     failures.sort(key=lambda failure: failure.row)
     return AuditReport(len(rows), passed, failures, not_numbers)
+
+
+# How an answer may stand in its section.
+_ANSWER_FORMS = ("{answer}", "\\boxed{{{answer}}}", f"{HASH_MARKER} {{answer}}")
+
+
+def with_solutions(bundle: Iterable[Any], rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with what a policy would have to write, for [`audit`].
+
+    That is the row's own solution, or else its bare answer in the sections of one of the rewards: whichever of these
+    forms the first rows get the most full marks in.
+
+    Args:
+        bundle (`Iterable`):
+            Rewards. Those that are not of this package have no part in the choice.
+        rows (`Iterable[Mapping]`):
+            Rows with the columns `answer` and perhaps `solution`.
+
+    Returns:
+        `list[dict]`:
+            The rows, all with a column `solution`.
+    """
+    filled = [dict(row) for row in rows]
+    if not filled:
+        return filled
+    rewards: list[Any] = [reward_func for reward_func in bundle if isinstance(reward_func, Reward)]
+    sections = [reward_func.pairs for reward_func in rewards if isinstance(reward_func, SectionsReward)]
+    sections.append([to_tag_pair("with_solutions", "tags", tag) for tag in TAGS])
+    sections += [[*pairs, ("", "")] for pairs in sections if pairs[-1][1]]  # and the answer behind them
+    forms: list[Callable[[Mapping[str, Any]], str]] = []
+    if all(isinstance(row.get("solution"), str) for row in filled):
+        forms.append(itemgetter("solution"))
+    forms += [partial(_write, pairs=pairs, form=form) for pairs in [*sections, [("", "")]] for form in _ANSWER_FORMS]
+    forms += [partial(_shortest, reward_func=grader) for grader in rewards if isinstance(grader, AnswerReward)]
+
+    def count_full_marks(form: Callable[[Mapping[str, Any]], str]) -> int:
+        first = filled[:ROWS_CHECKED]
+        columns = {key: [row.get(key) for row in first] for key in first[0] if key not in ("prompt", "completion")}
+        scores = [reward_func(completions=list(map(form, first)), **columns) for reward_func in rewards]
+        return sum(
+            score is not None and math.isclose(score, reward_func.full_marks, rel_tol=1e-9)
+            for reward_func, of_reward in zip(rewards, scores, strict=True)
+            for score in of_reward
+        )
+
+    best = max(forms, key=count_full_marks)  # the first of those that have the most
+    return [{**row, "solution": best(row)} for row in filled]
+
+
+def _shortest(row: Mapping[str, Any], reward_func: AnswerReward) -> str:
+    return reward_func.completion_giving(row["answer"]) or ""
+
+
+def _write(row: Mapping[str, Any], pairs: list[tuple[str, str]], form: str) -> str:
+    answer = form.format(answer=row["answer"])
+    contents = [f"It is {row['answer']}."] * (len(pairs) - 1) + [answer]
+    parts = [
+        part
+        for (opening, closing), content in zip(pairs, contents, strict=True)
+        for part in (opening, content, closing)
+    ]
+    return "\n".join(filter(None, parts))
 
 
 def check_references(

@@ -27,7 +27,7 @@ TAGS = ("reasoning", "answer")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _SectionsReward(TextReward):
+class SectionsReward(TextReward):
     """A reward over the sections of a completion.
 
     Args:
@@ -173,7 +173,7 @@ def get_xmlcount_reward(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LayoutReward(_SectionsReward):
+class _LayoutReward(SectionsReward):
     """A score for texts of one layout as a whole, 0.0 for all others."""
 
     full_score: float
@@ -343,7 +343,7 @@ def get_strict_format_reward(
 
 
 @dataclass(frozen=True, kw_only=True)
-class TagReward(_SectionsReward):
+class TagReward(SectionsReward):
     """See [`get_format_reward`]."""
 
     score_per_tag: float
