@@ -145,7 +145,9 @@ def texts_of(layout, number):
         yield completion_of(layout, rng.choice(["14", "15", " 14 ", "1,400", "x"]), reasoning="".join(drawn[:2]))
 
 
-@pytest.mark.parametrize(("notebook", "name", "relation", "oracle"), ORACLES, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("notebook", "name", "relation", "oracle"), ORACLES, ids=[f"{notebook}-{name}" for notebook, name, *_ in ORACLES]
+)
 def test_scores_are_the_notebooks(notebook, name, relation, oracle):
     (row,) = (row for row in ROWS if notebook in row["notebook"])
     (reward,) = bundle_of(row["line"]).select(name)
