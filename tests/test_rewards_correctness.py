@@ -13,6 +13,7 @@ from trl_grpo_ext.rewards import (
     get_correctness_reward,
     get_exact_correctness_reward,
     numerically_equal,
+    parse_answer_number,
     parse_number,
     parse_plain_number,
 )
@@ -154,13 +155,13 @@ def test_numerically_equal(a, b, equal):
         (r"\( 72 \)", 72),
         # numbers are in there, and it is something else
         (r"\sqrt{13}", None),
-        (r"\frac56", None),
+        (r"\frac56", Fraction(5, 6)),
         (r"(2,\infty)", None),
         ("2^{10}", None),
         ("x=5", None),
         ("5x", None),
         ("72 apples", None),
-        ("2 3/4", None),
+        ("2 3/4", Fraction(11, 4)),
         ("3:30", None),
         ("10-7", None),
         ("1,2", None),
@@ -408,7 +409,14 @@ def test_mathematics_around_a_number_is_not_the_number(reference, answer):
             "5-inch",
             "$5/hour",
             "5 (apples)",
-            "- 5 apples",
+            "about 5",
+            "5 more than Tim",
+            "5 quarters",
+            "5 fifth graders",
+            "2 + 3 = 5",
+            "so 10/2 = 2 + 3 = 5 apples",
+            "x=5,",
+            "**Answer = 5**",
             "5\u500b",
             "I have 5",
         ),
@@ -417,3 +425,113 @@ def test_mathematics_around_a_number_is_not_the_number(reference, answer):
 )
 def test_words_and_units_around_a_number(answer):
     assert correctness_reward_func(completions=[tagged(answer)], answer=["5"]) == [1.5]
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        *((text, 12) for text in ("5 + 7 = 12", "x = 12", "10 + 2 = 6 * 2 = 12", "1,000 - 988 = 12")),
+        ("7 = 7 = 12", 12),
+        ("total = 12 apples", 12),
+        ("3 1/2", Fraction(7, 2)),
+        (r"3\frac{1}{2}", Fraction(7, 2)),
+        (r"-3\frac12", Fraction(-7, 2)),
+        ("12 1/2 miles", Fraction(25, 2)),
+        *((text, 1000) for text in ("1 000", "1\u202f000", "1\u00a0000", r"1\,000", "1{,}000", "1,000", "1000 km")),
+        ("1 000 000 people", 1_000_000),
+        ("1,00,000", 100_000),
+        ("12,34,567", 1_234_567),
+        *(
+            (text, -5)
+            for text in ("minus 5", "Negative 5", "\u20135", "\u22125", "\u20105", "-$5", "the result is -5")
+        ),
+        *(
+            (text, None)
+            for text in (
+                *(
+                    "12 thousand",
+                    "12k",
+                    "12 k",
+                    "12K",
+                    "12M",
+                    "12 dozen",
+                    "12 Dozen",
+                    "12 hundred",
+                    "12 lakh",
+                    "12\u4e07",
+                ),
+                *(r"12\pi", "12 pi", "12\u03c0", "12^2", "12\u00b2", "12 squared", "12!", "12x", "12 x", r"\sqrt{12}"),
+                *(
+                    "not 12",
+                    "isn't 12",
+                    "never 12",
+                    "12 or thirteen",
+                    "either 12",
+                    "12 or 13",
+                    "between 12",
+                    "12 is wrong",
+                ),
+                *(
+                    "at least 12",
+                    "more than 12",
+                    "less than 12",
+                    "> 12",
+                    "\u2265 12",
+                    "12+",
+                    "\u00b112",
+                    "~12",
+                    r"\ne 12",
+                ),
+                *(
+                    "half of 12",
+                    "twice 12",
+                    "12 and a half",
+                    "12 and a third",
+                    "12 thirds",
+                    "square of 12",
+                    "out of 12",
+                ),
+                *("- 12", "total - 12", "total*12", "x/12", "3 x 12", "12:30", "12.3.4", "0x12", "1011_2", "(12, 13)"),
+                *(
+                    "x = 12, y = 5",
+                    "x = 5; y = 12",
+                    "x != 12",
+                    "x >= 12",
+                    "x is not = 12",
+                    "12 = x",
+                    "x = 5 or x = 12",
+                ),
+                *(
+                    "5 000 00",
+                    "1 00",
+                    "12,5",
+                    "12 3",
+                    "3/0",
+                    "3 1/0",
+                    "twelve 12",
+                    "12 point five",
+                    "\u20145",
+                    "\u8d1f5",
+                ),
+            )
+        ),
+    ],
+)
+def test_the_number_that_an_answer_gives(answer, number):
+    """What the safe rule makes of it; by the seeds' rule any single number in it is paid, `numeric="seed"`."""
+    assert parse_answer_number(answer) == number
+    if number is not None and number > 0 and number == int(number):
+        assert correctness_reward_func(completions=[tagged(answer)], answer=[str(int(number))]) == [1.5]
+    if number is None:
+        for reference in ("12", "5"):
+            assert correctness_reward_func(completions=[tagged(answer)], answer=[reference]) == [0.0]
+
+
+def test_the_rule_of_the_seeds():
+    seed = get_correctness_reward(numeric="seed")
+    for answer in ("12 thousand", "not 12", r"12\pi", "at least 12"):
+        assert seed(completions=[tagged(answer)], answer=["12"]) == [1.5]
+    assert seed(completions=[tagged("13")], answer=[r"\sqrt{13}"]) == [1.5]
+    assert seed(completions=[tagged("5 + 7 = 12")], answer=["12"]) == [0.0]
+    with pytest.raises(ValueError, match="numeric"):
+        get_correctness_reward(numeric="strict")

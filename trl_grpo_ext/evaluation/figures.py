@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..rewards.correctness import parse_answer_number
+from ..rewards.numbers import parse_answer_number
 from .answers import Answer
 from .grade import CONVENTIONS, INVALID
 from .statistics import bootstrap_interval, majority_at_k, pass_at_k, wilson_interval

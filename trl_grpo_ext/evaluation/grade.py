@@ -36,7 +36,6 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from ..rewards.correctness import is_reference_number
 from ..rewards.extract import (
     HASH_MARKER,
     extract_boxed_answer,
@@ -44,6 +43,7 @@ from ..rewards.extract import (
     extract_last_number,
     extract_tagged_answer,
 )
+from ..rewards.numbers import is_reference_number
 from ..rewards.references import reference_to_text
 from ..rewards.text import completion_to_text
 

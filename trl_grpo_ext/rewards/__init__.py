@@ -12,10 +12,6 @@ from .correctness import (
     exact_correctness_reward_func,
     get_correctness_reward,
     get_exact_correctness_reward,
-    is_reference_number,
-    numerically_equal,
-    parse_number,
-    parse_plain_number,
 )
 from .extract import (
     extract_answer_after_thinking,
@@ -37,6 +33,14 @@ from .format import (
     soft_format_reward_func,
     strict_format_reward_func,
     xmlcount_reward_func,
+)
+from .hardened import get_hardened_correctness_reward, get_hardened_format_reward
+from .numbers import (
+    is_reference_number,
+    numerically_equal,
+    parse_answer_number,
+    parse_number,
+    parse_plain_number,
 )
 from .references import reference_to_text
 from .text import completion_to_text
@@ -63,6 +67,8 @@ __all__ = [
     "get_correctness_reward",
     "get_exact_correctness_reward",
     "get_format_reward",
+    "get_hardened_correctness_reward",
+    "get_hardened_format_reward",
     "get_int_reward",
     "get_soft_format_reward",
     "get_strict_format_reward",
@@ -71,6 +77,7 @@ __all__ = [
     "int_reward_func",
     "is_reference_number",
     "numerically_equal",
+    "parse_answer_number",
     "parse_number",
     "parse_plain_number",
     "reference_to_text",

@@ -13,9 +13,10 @@ from typing import Any
 
 from ._base import Reward, to_tag_pair
 from .bundle import RewardBundle, reward_name
-from .correctness import AnswerReward, CorrectnessReward, parse_plain_number
+from .correctness import AnswerReward, CorrectnessReward
 from .extract import HASH_MARKER
 from .format import TAGS, SectionsReward
+from .numbers import parse_plain_number
 from .references import is_missing, reference_to_text
 
 

@@ -18,6 +18,7 @@ from .format import (
     get_strict_format_reward,
     get_xmlcount_reward,
 )
+from .hardened import get_hardened_correctness_reward, get_hardened_format_reward
 
 
 # As in TRL: the id of a reward model, a reward model (a callable module), or a function.
@@ -266,6 +267,8 @@ def gsm8k_bundle(
     tags: tuple[Tag, Tag] = ("reasoning", "answer"),
     answer_column: str = "answer",
     answer_extractor: AnswerExtractor = "tag",
+    numeric: str = "safe",
+    hardened: bool = False,
 ) -> RewardBundle:
     """The five rewards of the GSM8K notebooks: XML count, soft and strict format, integer, correctness.
 
@@ -283,10 +286,19 @@ def gsm8k_bundle(
             The dataset column with the references.
         answer_extractor (`str`, `Callable` or a tuple of these, *optional*, defaults to `"tag"`):
             How the answer is found, see [`get_answer_extractor`].
+        numeric (`str`, *optional*, defaults to `"safe"`):
+            When an answer is the reference's number, see [`get_correctness_reward`].
+        hardened (`bool`, *optional*, defaults to `False`):
+            Two rewards instead of five, which cannot be had without the layout as a whole: 2.0 for it
+            ([`get_hardened_format_reward`], as much as the four that it stands for), and 2.0 for the right answer in
+            it ([`get_hardened_correctness_reward`]).
 
     Returns:
         `RewardBundle`:
-            The rewards, under the same names in either case.
+            The rewards, under the same names whatever the options, but for `hardened`.
+
+    Raises:
+        ValueError: If `hardened` and `as_in_notebooks` are asked for at once.
 
     Example:
     ```python
@@ -295,6 +307,17 @@ def gsm8k_bundle(
     (5, 'correctness_reward_func')
     ```
     """
+    if hardened and as_in_notebooks:
+        raise ValueError("gsm8k_bundle: hardened and as_in_notebooks are opposites, choose one")
+    if hardened:
+        return RewardBundle(
+            [
+                get_hardened_format_reward(tags=tags),
+                get_hardened_correctness_reward(
+                    tags=tags, answer_column=answer_column, answer_extractor=answer_extractor, numeric=numeric
+                ),
+            ]
+        )
     # in the notebooks an answer is an integer also where no tag stands around it
     integer_extractor = "xml" if answer_extractor == "tag" else answer_extractor
     return RewardBundle(
@@ -305,7 +328,9 @@ def gsm8k_bundle(
             get_int_reward(
                 signs_and_commas=not as_in_notebooks, answer_extractor=integer_extractor, answer_tag=tags[1]
             ),
-            get_correctness_reward(answer_column=answer_column, answer_extractor=answer_extractor, answer_tag=tags[1]),
+            get_correctness_reward(
+                answer_column=answer_column, answer_extractor=answer_extractor, answer_tag=tags[1], numeric=numeric
+            ),
         ]
     )
 
@@ -315,6 +340,7 @@ def tag_bundle(
     tags: tuple[Tag, Tag] = ("reasoning", "answer"),
     answer_column: str = "answer",
     answer_extractor: AnswerExtractor = "tag",
+    numeric: str = "safe",
 ) -> RewardBundle:
     """Two rewards that do not pull against each other: correctness, and 0.2 for each tag.
 
@@ -328,7 +354,9 @@ def tag_bundle(
     """
     return RewardBundle(
         [
-            get_correctness_reward(answer_column=answer_column, answer_extractor=answer_extractor, answer_tag=tags[1]),
+            get_correctness_reward(
+                answer_column=answer_column, answer_extractor=answer_extractor, answer_tag=tags[1], numeric=numeric
+            ),
             get_format_reward(tags=tags),
         ]
     )

@@ -1,247 +1,21 @@
 """Rewards for the answer: is it the reference's, character for character or as a number?"""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal
-from fractions import Fraction
-from itertools import islice
-from numbers import Rational
 from typing import Any
 
 from ._base import Reward, Tag, check_score, to_tuple
-from .extract import CURRENCY, NUMBER
 from .extractors import AnswerExtractor, check_answer_extractor, completion_giving, extract_answer
-from .references import number_to_text, reference_to_text
+from .numbers import is_reference_number, numerically_equal
+from .references import reference_to_text
 from .text import completion_to_text
 
 
-# Beyond these a text is not taken for a number: exact arithmetic on a million digits is what a hostile answer wants.
-MAX_DIGITS = 1000
-MAX_EXPONENT = 1000
-
-# A text that is a number and nothing else. What LaTeX puts around it (`\boxed{}`, `$...$`) is taken off beforehand.
-PLAIN_NUMBER = re.compile(rf"(?:{CURRENCY}[ ]?)?{NUMBER.pattern}(?:[ ]?(?:\\?%|{CURRENCY}))?\.?", re.VERBOSE)
-# What may stand around an answer's number without changing its value: LaTeX that only shows it, markdown, degrees, and
-# then letters, white space, punctuation, currency signs and `%`.
-SHOWING = re.compile(
-    r"\\(?:boxed|fbox|text|textbf|textrm|mathbf|mathrm)\{|\\(?:quad\b|[()\[\],;:!$% ])|\*\*|\^\{?\\circ\b"
-)
-AROUND = re.compile(rf"(?:[^\W\d_]|{CURRENCY}|[\s.,;:?!'\"\u2018-\u201d()\[\]{{}}=%#\u00b0*/`-])*+")
-WORD = re.compile(r"[^\W\d_]++")
-UNITS = frozenset(
-    (
-        *("m", "g", "l", "L", "s", "h", "C", "F", "km", "cm", "mm", "mi", "ft", "in"),
-        *("yd", "kg", "mg", "lb", "oz", "ml", "hr", "am", "pm", "st", "nd", "rd", "th"),
-    )
-)
-ARTICLES = frozenset("aAI")
-NAMED = re.compile(r"[\s$*]{0,9}=")
-VALUE_WORDS = frozenset(
-    (
-        *("pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "inf", "infinity"),
-        *("minus", "negative", "squared", "cubed", "factorial", "hundred"),
-        *("thousand", "million", "billion", "trillion"),
-    )
-)
-LATEX_WRAPPERS = (("\\boxed{", "}"), ("\\(", "\\)"), ("$", "$"))
-
-
-def parse_number(text: str | float | Decimal | Rational | None) -> Fraction | None:
-    r"""The one number that a text denotes, exactly, or `None` if it denotes none or several.
-
-    Understood are signs (also the Unicode minus), thousands commas (`1,080`), currency signs, `%` (ignored: GSM8K says
-    "50" for 50 %), decimals with or without a leading 0, a trailing period, powers of ten (`1.5e3`), simple fractions
-    (`3/4`, `\frac{3}{4}`), and words, units or `\boxed{...}` around the number.
-
-    Args:
-        text (`str`, a number or `None`):
-            The text, or a number of any kind (Python's, `Decimal`, numpy's).
-
-    Returns:
-        `Fraction` or `None`:
-            The number; `None` also for a denominator of 0, more than `MAX_DIGITS` digits or an exponent beyond
-            `MAX_EXPONENT`. Never raises, and takes time linear in the text's length.
-
-    Example:
-    ```python
-    >>> parse_number("about 1,080 apples")
-    Fraction(1080, 1)
-    >>> parse_number(r"\frac{3}{4}")
-    Fraction(3, 4)
-    >>> parse_number("3 or 4") is None
-    True
-    ```
-    """
-    if isinstance(text, Rational):
-        return Fraction(int(text.numerator), int(text.denominator))
-    if not isinstance(text, str):
-        text = number_to_text(text)
-        if text is None:
-            return None
-    numbers = list(islice(NUMBER.finditer(text), 2))
-    return _match_to_fraction(numbers[0]) if len(numbers) == 1 else None
-
-
-def parse_answer_number(text: str | None) -> Fraction | None:
-    r"""The one number that an answer gives, or `None` if it gives none, several, or more mathematics than a number.
-
-    Words, units, currency signs, `%`, punctuation, `\boxed{...}`, `\text{...}`, `$...$` and `x =` may stand around the
-    number. What changes the value may not: `\sqrt{13}` is not 13, and `5!`, `5x`, `x^5`, `5\pi`, `5 million` and
-    `(5,\infty)` are not 5.
-
-    Args:
-        text (`str` or `None`):
-            The answer.
-
-    Returns:
-        `Fraction` or `None`:
-            The number, within the bounds of [`parse_number`]. Never raises, and takes linear time.
-    """
-    numbers = list(islice(NUMBER.finditer(text or ""), 2))
-    if text is None or len(numbers) != 1:
-        return None
-    number = numbers[0]
-    before, after = SHOWING.sub(" ", text[: number.start()]), text[number.end() :]
-    touching = WORD.match(after)
-    after = SHOWING.sub(" ", after)
-    if not AROUND.fullmatch(before) or not AROUND.fullmatch(after) or after.lstrip().startswith("!"):
-        return None
-    if before[-1:].isalnum() or (touching and _is_latin(touching[0]) and _may_be_factor(touching[0], min_letters=3)):
-        return None
-    for word in WORD.finditer(before):
-        is_variable = _is_latin(word[0]) and _may_be_factor(word[0], min_letters=2)
-        if _changes_value(word[0]) or (is_variable and not NAMED.match(before, word.end())):
-            return None
-    for word in WORD.finditer(after):
-        if _changes_value(word[0]) or (_is_latin(word[0]) and _may_be_factor(word[0], min_letters=2)):
-            return None
-    return _match_to_fraction(number)
-
-
-def _may_be_factor(word: str, min_letters: int) -> bool:
-    return len(word) < min_letters and word not in UNITS and word not in ARTICLES
-
-
-def _changes_value(word: str) -> bool:
-    return word.lower() in VALUE_WORDS
-
-
-def _is_latin(word: str) -> bool:
-    """Whether single letters stand for variables in this script; a Chinese word may have one."""
-    return word[0] < "\u0590" or not word[0].isalpha()
-
-
-def parse_plain_number(text: str) -> Fraction | None:
-    r"""The number that a text is as a whole, or `None` if it is anything else or more.
-
-    A sign, currency signs, thousands commas, decimals, `%`, powers of ten, simple fractions, a trailing period, and
-    `\boxed{...}` or `$...$` around it all are part of a number; words, units and the rest of mathematics are not:
-    `\sqrt{13}`, `\frac56`, `(2,\infty)`, `2^{10}` and `72 apples` have numbers in them and are none.
-
-    Args:
-        text (`str`):
-            The text.
-
-    Returns:
-        `Fraction` or `None`:
-            The number, within the bounds of [`parse_number`]. Never raises, and takes linear time.
-    """
-    text = text.strip()
-    for opening, closing in LATEX_WRAPPERS * 2:
-        if len(text) > len(opening) and text.startswith(opening) and text.endswith(closing):
-            text = text[len(opening) : -len(closing)].strip()
-    match = PLAIN_NUMBER.fullmatch(text)
-    return None if match is None else _match_to_fraction(match)
-
-
-def _match_to_fraction(match: re.Match[str]) -> Fraction | None:
-    if match.end() - match.start() > MAX_DIGITS:
-        return None
-    groups = match.groupdict()
-    if groups["decimal"]:
-        value = _to_fraction(groups["decimal"])
-    elif groups["thousands"]:
-        value = _to_fraction(groups["thousands"].replace(",", "") + groups["thousands_decimals"])
-    elif groups["mantissa"]:
-        exponent = _to_fraction(groups["exponent"])
-        if abs(exponent) > MAX_EXPONENT:
-            return None
-        value = _to_fraction(groups["mantissa"]) * Fraction(10) ** int(exponent)
-    else:
-        numerator = _to_fraction(groups["numerator"] or groups["latex_numerator"])
-        denominator = _to_fraction(groups["denominator"] or groups["latex_denominator"])
-        if denominator == 0:
-            return None
-        value = numerator / denominator
-    negative = _is_minus(groups["outer_sign"]) != _is_minus(groups["sign"])
-    return -value if negative else value
-
-
-def _to_fraction(digits: str) -> Fraction:
-    # by way of Decimal, because `int` and `Fraction` refuse texts that are longer than Python's limit for integers
-    return Fraction(Decimal(digits.replace("\u2212", "-")))
-
-
-def _is_minus(sign: str | None) -> bool:
-    return sign in ("-", "\u2212")
-
-
-def numerically_equal(a: str | float | Decimal | Rational | None, b: str | float | Decimal | Rational | None) -> bool:
-    r"""Whether both sides denote one single number, and the same one.
-
-    The comparison is exact (`fractions.Fraction`), so 0.1 is not 0.1000000000000000000001. Whatever the notebooks'
-    rule (exactly one match of `-?\d*\.?\d+` on each side, the same number) accepts is accepted, but for one case: that
-    rule overlooks a minus that is not ASCII or stands before a currency sign, and so takes `\u22125` and `-$5` for 5.
-    Here they are -5. Like that rule it overlooks mathematics that changes a value (13 in `\sqrt{13}`); rewards and
-    evaluation do not, see [`is_reference_number`].
-
-    Args:
-        a (`str`, a number or `None`):
-            One side, see [`parse_number`] for what is understood.
-        b (`str`, a number or `None`):
-            The other side.
-
-    Returns:
-        `bool`:
-            `False` also where either side is no single number. Never raises.
-
-    Example:
-    ```python
-    >>> numerically_equal("$1,000.00", 1000)
-    True
-    >>> numerically_equal("3/4", "0.75")
-    True
-    ```
-    """
-    left = parse_number(a)
-    return left is not None and left == parse_number(b)
-
-
-def is_reference_number(given: str | None, reference: str) -> bool:
-    r"""Whether a reference is a plain number, and an answer denotes the same one.
-
-    The answer may have words, units or `\boxed{...}` around its number, see [`parse_answer_number`]. The reference may
-    not, see [`parse_plain_number`]: an answer of 13 is wrong where the reference is `\sqrt{13}`, and the other way.
-
-    Args:
-        given (`str` or `None`):
-            The answer.
-        reference (`str`):
-            The reference, as [`reference_to_text`] gives it.
-
-    Returns:
-        `bool`:
-            `False` also where the answer is no single number. Never raises.
-
-    Example:
-    ```python
-    >>> is_reference_number("24.0 apples", "24")
-    True
-    ```
-    """
-    number = parse_plain_number(reference)
-    return number is not None and number == parse_answer_number(given)
+# Rules by which an answer is the reference's number, by the name that the option `numeric` has for them.
+NUMERIC_RULES: dict[str, Callable[[str | None, str], bool]] = {
+    "safe": is_reference_number,
+    "seed": numerically_equal,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,11 +104,14 @@ class CorrectnessReward(AnswerReward):
     exact_score: float
     numeric_score: float
     wrong_score: float
+    numeric: str
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for option in ("exact_score", "numeric_score", "wrong_score"):
             check_score(self.name, option, getattr(self, option))
+        if self.numeric not in NUMERIC_RULES:
+            raise ValueError(f"{self.name}: numeric must be one of {', '.join(NUMERIC_RULES)}, got {self.numeric!r}")
 
     @property
     def full_marks(self) -> float:
@@ -343,10 +120,13 @@ class CorrectnessReward(AnswerReward):
     def grade(self, extracted: str | None, reference: str) -> float:
         if extracted == reference:
             return self.exact_score
-        return self.numeric_score if is_reference_number(extracted, reference) else self.wrong_score
+        return self.numeric_score if self._is_same_number(extracted, reference) else self.wrong_score
 
     def is_correct(self, extracted: str | None, reference: str) -> bool:
-        return extracted == reference or is_reference_number(extracted, reference)
+        return extracted == reference or self._is_same_number(extracted, reference)
+
+    def _is_same_number(self, extracted: str | None, reference: str) -> bool:
+        return NUMERIC_RULES[self.numeric](extracted, reference)
 
 
 def get_correctness_reward(
@@ -354,6 +134,7 @@ def get_correctness_reward(
     exact_score: float = 2.0,
     numeric_score: float = 1.5,
     wrong_score: float = 0.0,
+    numeric: str = "safe",
     answer_extractor: AnswerExtractor = "tag",
     answer_tag: Tag = "answer",
     answer_column: str = "answer",
@@ -373,6 +154,11 @@ def get_correctness_reward(
             [`is_reference_number`].
         wrong_score (`float`, *optional*, defaults to `0.0`):
             Score of everything else, an unclosed or missing answer tag included.
+        numeric (`str`, *optional*, defaults to `"safe"`):
+            When an answer is the same number: `"safe"`, where nothing in it changes the number's value, and the
+            reference is a plain number ([`is_reference_number`]); `"seed"`, the first GSM8K notebooks' rule, where
+            each side has one number in it, whatever stands around ([`numerically_equal`]): it pays 13 for
+            `sqrt(13)`.
         answer_extractor (`str`, `Callable` or a tuple of these, *optional*, defaults to `"tag"`):
             How the answer is found, by name or by a function, see [`get_answer_extractor`]. Where a function of your
             own fails on a text, there is no answer in it.
@@ -405,6 +191,7 @@ def get_correctness_reward(
         exact_score=exact_score,
         numeric_score=numeric_score,
         wrong_score=wrong_score,
+        numeric=numeric,
     )
 
 

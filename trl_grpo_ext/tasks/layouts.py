@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
-from ..rewards.correctness import parse_plain_number
 from ..rewards.extract import END_OF_THINKING, HASH_MARKER, extract_tagged_answer
 from ..rewards.extractors import AnswerExtractor, extract_answer, get_answer_extractor
+from ..rewards.numbers import parse_plain_number
 from ..rewards.references import number_to_text, reference_to_text
 from .files import Row
 from .prompts import format_solution
