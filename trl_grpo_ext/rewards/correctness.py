@@ -1,7 +1,7 @@
 """Rewards for the answer: is it the reference's, character for character or as a number?"""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -273,11 +273,15 @@ class AnswerReward(Reward):
             return None
         return answer if isinstance(answer, str) else number_to_text(answer)
 
-    def grade(self, extracted: str | None, reference: str) -> float:
+    def grade(self, extracted: str | None, reference: str) -> float | None:
         raise NotImplementedError
 
     def is_correct(self, extracted: str | None, reference: str) -> bool:
         raise NotImplementedError
+
+    def grade_batch(self, pairs: Sequence[tuple[str | None, str]]) -> list[tuple[float | None, bool]]:
+        """The score of each pair of an answer and a reference, `None` if there is none; and whether it is right."""
+        return [(self.grade(*pair), self.is_correct(*pair)) for pair in pairs]
 
     def __call__(
         self,
@@ -298,15 +302,13 @@ class AnswerReward(Reward):
                 "there must be one for each completion"
             )
         extracted = [self.extract(completion_to_text(completion)) for completion in completions]
-        rewards: list[float | None] = []
-        correct = []
-        for given, value in zip(extracted, references, strict=True):
-            reference = reference_to_text(value)
-            if reference is None:  # nothing to compare with: not scored, which is not the same as wrong
-                rewards.append(None)
-                continue
-            rewards.append(self.grade(given, reference))
-            correct.append(self.is_correct(given, reference))
+        texts = list(map(reference_to_text, references))
+        pairs = [(given, text) for given, text in zip(extracted, texts, strict=True) if text is not None]
+        grades = self.grade_batch(pairs)
+        correct = [is_correct for score, is_correct in grades if score is not None]
+        # Where there is nothing to compare with: not scored, which is not the same as wrong.
+        scores = iter(grades)
+        rewards = [None if text is None else next(scores)[0] for text in texts]
         # Two answer rewards in one bundle must not write into the same column, TRL would append the one to the other.
         prefix = "" if self.name == "correctness_reward_func" else f"{self.name.removesuffix('_reward_func')}/"
         if log_extra is not None:
