@@ -6,7 +6,7 @@ completion may be a string, a list of messages or `None`. No text makes a reward
 """
 
 from .audit import AuditReport, AuditRow, audit, check_references
-from .bundle import RewardBundle, gsm8k_bundle, tag_bundle
+from .bundle import RewardBundle, gsm8k_bundle, math_bundle, tag_bundle
 from .correctness import (
     correctness_reward_func,
     exact_correctness_reward_func,
@@ -39,7 +39,9 @@ from .format import (
     xmlcount_reward_func,
 )
 from .references import reference_to_text
+from .symbolic import get_math_correctness_reward
 from .text import completion_to_text
+from .worker_pool import close_workers
 
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "RewardBundle",
     "audit",
     "check_references",
+    "close_workers",
     "completion_to_text",
     "correctness_reward_func",
     "exact_correctness_reward_func",
@@ -64,12 +67,14 @@ __all__ = [
     "get_exact_correctness_reward",
     "get_format_reward",
     "get_int_reward",
+    "get_math_correctness_reward",
     "get_soft_format_reward",
     "get_strict_format_reward",
     "get_xmlcount_reward",
     "gsm8k_bundle",
     "int_reward_func",
     "is_reference_number",
+    "math_bundle",
     "numerically_equal",
     "parse_number",
     "parse_plain_number",

@@ -18,6 +18,7 @@ from .format import (
     get_strict_format_reward,
     get_xmlcount_reward,
 )
+from .symbolic import get_math_correctness_reward
 
 
 # As in TRL: the id of a reward model, a reward model (a callable module), or a function.
@@ -266,6 +267,7 @@ def gsm8k_bundle(
     tags: tuple[Tag, Tag] = ("reasoning", "answer"),
     answer_column: str = "answer",
     answer_extractor: AnswerExtractor = "tag",
+    symbolic: bool = False,
 ) -> RewardBundle:
     """The five rewards of the GSM8K notebooks: XML count, soft and strict format, integer, correctness.
 
@@ -283,10 +285,13 @@ def gsm8k_bundle(
             The dataset column with the references.
         answer_extractor (`str` or `Callable`, *optional*, defaults to `"tag"`):
             How the answer is found, see [`get_answer_extractor`].
+        symbolic (`bool`, *optional*, defaults to `False`):
+            Compare answers as mathematics too ([`get_math_correctness_reward`], which needs the extra `math`), under
+            the same name and with the same scores: 1.5 for what is the reference in another form.
 
     Returns:
         `RewardBundle`:
-            The rewards, under the same names in either case.
+            The rewards, under the same names in every case.
 
     Example:
     ```python
@@ -297,6 +302,16 @@ def gsm8k_bundle(
     """
     # in the notebooks an answer is an integer also where no tag stands around it
     integer_extractor = "xml" if answer_extractor == "tag" else answer_extractor
+    answers: dict[str, Any] = {
+        "answer_column": answer_column,
+        "answer_extractor": answer_extractor,
+        "answer_tag": tags[1],
+    }
+    correctness = get_correctness_reward(**answers)
+    if symbolic:
+        correctness = get_math_correctness_reward(
+            numeric_score=1.5, symbolic_score=1.5, name="correctness_reward_func", **answers
+        )
     return RewardBundle(
         [
             get_xmlcount_reward(tags=tags, final_newline_penalty=as_in_notebooks),
@@ -305,7 +320,7 @@ def gsm8k_bundle(
             get_int_reward(
                 signs_and_commas=not as_in_notebooks, answer_extractor=integer_extractor, answer_tag=tags[1]
             ),
-            get_correctness_reward(answer_column=answer_column, answer_extractor=answer_extractor, answer_tag=tags[1]),
+            correctness,
         ]
     )
 
@@ -332,3 +347,30 @@ def tag_bundle(
             get_format_reward(tags=tags),
         ]
     )
+
+
+def math_bundle(
+    *,
+    tags: tuple[Tag, Tag] = ("reasoning", "answer"),
+    answer_column: str = "answer",
+    answer_extractor: AnswerExtractor = "tag",
+) -> RewardBundle:
+    """Rewards for answers that are mathematics, such as MATH's: [`get_math_correctness_reward`], and 0.2 for each tag.
+
+    Where answers are not looked for in tags (`answer_extractor="boxed"`), the prompt is not taken to ask for any, and
+    correctness is the only reward. It needs the extra `math`. Options are those of [`gsm8k_bundle`].
+
+    Example:
+    ```python
+    >>> math_bundle()
+    RewardBundle(correctness_reward_func=1, format_reward_func=1)
+    ```
+    """
+    correctness = get_math_correctness_reward(
+        answer_column=answer_column,
+        answer_extractor=answer_extractor,
+        answer_tag=tags[1],
+        name="correctness_reward_func",
+    )
+    format_rewards = [get_format_reward(tags=tags)] if answer_extractor in ("tag", "xml") else []
+    return RewardBundle([correctness, *format_rewards])

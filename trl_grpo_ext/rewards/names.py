@@ -9,11 +9,12 @@ from importlib import import_module
 from typing import Any
 
 from ..spelling import suggestion
-from .bundle import RewardBundle, gsm8k_bundle, tag_bundle
+from .bundle import RewardBundle, gsm8k_bundle, math_bundle, tag_bundle
 
 
 BUNDLES: dict[str, Callable[[], RewardBundle]] = {
     "gsm8k": gsm8k_bundle,
+    "math": math_bundle,
     "notebooks": partial(gsm8k_bundle, as_in_notebooks=True),
     "tag": tag_bundle,
 }
@@ -32,9 +33,9 @@ def find_rewards(names: str | Sequence[str]) -> RewardBundle:
 
     Args:
         names (`str` or `Sequence[str]`):
-            Each is a bundle of this package (`gsm8k`, `tag`, or `notebooks`, which is `gsm8k` with the notebooks'
-            quirks); a reward that `trl grpo` knows; or a dotted name, `package.module.name`, of a reward, a bundle, or
-            a function without arguments that makes one. Modules are looked for in the working folder too.
+            Each is a bundle of this package (`gsm8k`, `math`, `tag`, or `notebooks`, which is `gsm8k` with the
+            notebooks' quirks); a reward that `trl grpo` knows; or a dotted name, `package.module.name`, of a reward,
+            a bundle, or a function without arguments that makes one. Modules are looked for in the working folder too.
 
     Returns:
         `RewardBundle`:

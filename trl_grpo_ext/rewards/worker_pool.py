@@ -526,7 +526,7 @@ class WorkerPool:
         with self._lock:
             dispatcher, self._dispatcher = self._dispatcher, None
         if dispatcher is not None:
-            dispatcher.close()
+            self._end()
 
     def __enter__(self) -> "WorkerPool":
         return self
@@ -539,7 +539,7 @@ class WorkerPool:
             dispatcher = self._dispatcher
             if dispatcher is None or dispatcher.is_over or dispatcher.is_closing:
                 dispatcher = self._dispatcher = _Dispatcher(self._settings)
-                weakref.finalize(self, dispatcher.close)  # which is also called when Python ends
+                self._end = weakref.finalize(self, dispatcher.close)  # which is also called when Python ends
             return dispatcher
 
     def _forget_parent(self) -> None:
