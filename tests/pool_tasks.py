@@ -59,11 +59,9 @@ def sleep_at_start(**options: Any) -> Any:
     time.sleep(3600)
 
 
-def verify_or_worse(pair: Any) -> bool | None:
-    """As math-verify, but for two answers for which it has no input: one eats memory, one ends its worker."""
-    from trl_grpo_ext.rewards.symbolic import verify_pair
+def make_verifier_or_worse() -> Any:
+    """As math-verify, but for answers for which it has no input: one eats memory, two end their worker."""
+    from trl_grpo_ext.rewards.symbolic import make_verifier
 
-    answer, _ = pair
-    if answer in ("memory", "crash", "exit"):
-        do(answer)
-    return verify_pair(pair)
+    verify = make_verifier()
+    return lambda pair: do(pair[0]) if pair[0] in ("memory", "crash", "exit") else verify(pair)

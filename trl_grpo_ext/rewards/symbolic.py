@@ -27,8 +27,10 @@ MAX_ANSWER_LENGTH = 10_000
 # Numbers that are the same only if they are written alike.
 WHOLE_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})", re.ASCII)
 BASE = re.compile(r"[0-9A-Za-z]_\{?\s*([0-9]+)\s*\}?\s*\$?\Z", re.ASCII)
+# On the left of an equation: it says more than what something is called, and its right side does not stand for it.
+OPERATION = re.compile(r"[+*/^]|(?<=[^\s<>!])\s*-|\\[dt]?frac|\\cdot|\\times|\\sqrt")
 LATEX_AROUND = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"))
-VERIFIER = f"{__name__}:verify_pair"
+VERIFIER = f"{__name__}:make_verifier"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +196,12 @@ def get_math_correctness_reward(
 # What follows runs in the workers.
 
 
+def make_verifier() -> Callable[[Sequence[str]], bool | None]:
+    """[`verify_pair`], with math-verify imported and made ready, which is not to count as an answer's time."""
+    _math_verify()
+    return verify_pair
+
+
 class _OutOfResources(BaseException):
     """Carries an exception past math-verify, which takes every `Exception` for "not equal"."""
 
@@ -212,11 +220,19 @@ def verify_pair(pair: Sequence[str]) -> bool | None:
         gold = parse(reference)
         if all(isinstance(value, str) for value in gold):  # nothing but the text itself
             return None
-        if _base(answer) not in (None, _base(reference)):  # which math-verify does not look at
+        if _overlooked(answer, reference):
             return False
         return bool(verify(gold, parse(answer)))
     except _OutOfResources as error:
         raise error.args[0] from None
+
+
+def _overlooked(answer: str, reference: str) -> bool:
+    """Whether two texts differ in what math-verify does not look at: bases, and the left side of an equation."""
+    if _base(answer) not in (None, _base(reference)):
+        return True
+    left, sign, _ = reference.partition("=")
+    return bool(sign) and "=" not in answer and OPERATION.search(left) is not None
 
 
 def _base(text: str) -> str | None:

@@ -554,12 +554,19 @@ _SHARED: dict[tuple[Any, ...], WorkerPool] = {}
 _SHARED_LOCK = threading.Lock()
 
 
-def shared_pool(task: str, *, workers: int | None, memory_limit_mb: int | None, name: str) -> WorkerPool:
-    """The one pool of this process with these settings, for rewards, which are pickled and cannot hold one."""
-    key = (task, workers, memory_limit_mb)
+def shared_pool(maker: str, *, workers: int | None, memory_limit_mb: int | None, name: str) -> WorkerPool:
+    """The one pool of this process with these settings, for rewards, which are pickled and cannot hold one.
+
+    Args:
+        maker (`str`):
+            `"package.module:function"`, a function without arguments that makes the task.
+        workers, memory_limit_mb, name:
+            As for [`WorkerPool`].
+    """
+    key = (maker, workers, memory_limit_mb)
     with _SHARED_LOCK:
         if key not in _SHARED:
-            _SHARED[key] = WorkerPool(task, workers=workers, memory_limit_mb=memory_limit_mb, name=name)
+            _SHARED[key] = WorkerPool(maker, options={}, workers=workers, memory_limit_mb=memory_limit_mb, name=name)
         return _SHARED[key]
 
 
