@@ -9,6 +9,7 @@ The figure to look at is the last one, which should be above 80 %.
 """
 
 import argparse
+import random
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from trl_grpo_ext.rewards.worker_pool import close_workers, usable_cores
 
 
 FORMS = (
-    (r"\frac{{{a}}}{{{b}}}", r"\frac{{{c}}}{{{d}}}"),
+    (r"\frac{{{a}x}}{{{b}}}", r"\frac{{{c}x}}{{{d}}}"),
     (r"{a}\sqrt{{{b}}}", r"\sqrt{{{c}}}"),
     (r"x^2+{a}x+{b}", r"(x+{a})(x+{b})"),
     (r"({a},{b}]", r"({a},{c}]"),
@@ -29,10 +30,12 @@ FORMS = (
 
 
 def make_pairs(count: int) -> list[list[str]]:
-    """Answers and references, no two alike, so that nothing is found in a cache or compared once for several."""
+    """Answers and references that want math-verify, no two alike: none is in a cache, or compared once for several."""
     numbers = ({"a": index + 2, "b": index + 3, "c": 2 * index + 4, "d": 2 * index + 6} for index in range(count))
     forms = (FORMS[index % len(FORMS)] for index in range(count))
-    return [[form.format(**values) for form in pair] for pair, values in zip(forms, numbers, strict=True)]
+    pairs = [[form.format(**values) for form in pair] for pair, values in zip(forms, numbers, strict=True)]
+    random.Random(0).shuffle(pairs)  # so that each process has as much to do
+    return pairs
 
 
 def verify_directly(part: int, parts: int, count: int) -> None:

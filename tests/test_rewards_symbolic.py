@@ -147,7 +147,7 @@ def test_no_number_of_a_formula_is_the_formula():
             correctness_reward_func,
             exact_correctness_reward_func,
         ),
-        *(bundle.select("correctness_reward_func")[0] for bundle in (gsm8k_bundle(), tag_bundle(), math_bundle())),
+        *(bundle.select("correctness_reward_func")[0] for bundle in (gsm8k_bundle(), tag_bundle())),
     ]
     for reward in rewards:
         scores = reward(completions=[reward.completion_giving(answer) for answer in answers], answer=references)
@@ -293,6 +293,8 @@ def test_without_math_verify(monkeypatch):
     for make in (get_math_correctness_reward, math_bundle, lambda: gsm8k_bundle(symbolic=True)):
         with pytest.raises(ImportError, match=re.escape("pip install 'trl_grpo_ext[math]'")):
             make()
+    with pytest.raises(ValueError, match=r"^math: correctness_reward_func needs math-verify"):
+        find_rewards("math")
     gsm8k_bundle()
 
 
@@ -343,3 +345,36 @@ def test_verify_pair_lets_running_out_through(monkeypatch):
     """Math-verify takes every exception for "not equal", which running out of stack or memory does not say."""
     with pytest.raises(RecursionError):
         verify_pair(["1/" * 2000 + "1", "2"])
+
+
+@pytest.mark.slow
+def test_a_training_with_it(tmp_path):
+    """Workers need nothing of the model, which cannot be pickled here, and end with the training."""
+    from canned import short_run_config
+    from datasets import Dataset
+    from tiny import tiny_model, tiny_tokenizer
+
+    from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer
+
+    close_workers()  # of other tests
+    seen = []
+
+    def look(completions, **columns):
+        seen.append(workers_of(os.getpid()))
+        return [0.0] * len(completions)
+
+    model = tiny_model()
+    model.not_to_be_pickled = threading.Lock()
+    rows = [{"prompt": [{"role": "user", "content": "half of x"}], "answer": r"\frac{x}{2}"}] * 8
+    trainer = GRPOExtTrainer(
+        model=model,
+        reward_funcs=[get_math_correctness_reward(answer_extractor="none", workers=2), look],
+        args=short_run_config(tmp_path, GRPOExtConfig),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    assert 1 <= len(seen[-1]) <= 2
+    assert not workers_of(os.getpid())
+    (unscored,) = {row["rewards/unscored"] for row in trainer.state.log_history if "rewards/unscored" in row}
+    assert unscored == 0.0

@@ -181,6 +181,7 @@ def test_workers_are_shared_out_over_ranks(monkeypatch):
         assert usable_cores() == cores
 
 
+@pytest.mark.slow
 def test_two_threads_take_turns(pool):
     """The one with few items need not wait for all of the one with many."""
     many = threading.Thread(target=pool.map, args=([["sleep", 0.05]] * 40,))

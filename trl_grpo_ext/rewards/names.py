@@ -49,7 +49,7 @@ def find_rewards(names: str | Sequence[str]) -> RewardBundle:
     for name in names:
         try:
             bundle = bundle + _find(name)
-        except (TypeError, ValueError) as error:
+        except (ImportError, TypeError, ValueError) as error:
             raise ValueError(str(error) if str(error).startswith(f"{name}: ") else f"{name}: {error}") from error
     return bundle
 
