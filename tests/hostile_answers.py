@@ -33,9 +33,13 @@ HARMLESS = {
 
 
 def score(timeout_s: float, workers: int | None = None) -> dict[str, Any]:
-    """All of them in one batch; what came out, and for how long another thread of this process was stopped at most."""
+    """All in one batch, on ranks each its share: what came out, and how long another thread was stopped at most."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    hostile_answers = HOSTILE[rank::ranks]
     answers = [
-        answer for index, hostile in enumerate(HOSTILE) for answer in (hostile, [*HARMLESS][index % len(HARMLESS)])
+        answer
+        for index, hostile in enumerate(hostile_answers)
+        for answer in (hostile, [*HARMLESS][index % len(HARMLESS)])
     ]
     logged: dict[str, float] = {}
     stopped, is_over = [0.0], threading.Event()
@@ -59,6 +63,7 @@ def score(timeout_s: float, workers: int | None = None) -> dict[str, Any]:
         is_over.set()
         thread.join()
     return {
+        "count": len(hostile_answers),
         "hostile": scores[0::2],
         "harmless": scores[1::2],
         "right": [HARMLESS[answer] for answer in answers[1::2]],

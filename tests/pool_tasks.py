@@ -18,6 +18,8 @@ def do(what: Any) -> Any:
         what = "hang"
     if isinstance(what, list) and what[0] == "sleep":
         time.sleep(what[1])
+    if isinstance(what, list) and what[0] == "keep":
+        EATEN.append(b"x" * what[1])
     if what == "hang":  # in C code, which holds the lock that all threads need
         return 9**9**9
     if what == "sleep":

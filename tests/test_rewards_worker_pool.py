@@ -79,7 +79,7 @@ def test_every_way_to_fail(pool):
             assert outcome.failure.startswith(ends[item]), (item, outcome)
         else:
             assert outcome == Outcome(item)
-    assert len(workers_of(os.getpid())) == 2
+    wait_until(lambda: len(workers_of(os.getpid())) == 2)  # those that were replaced too
 
 
 def test_one_hanging_item_takes_its_deadline(pool):
@@ -242,6 +242,15 @@ def test_nothing_is_left_of_a_process_that_ends(tmp_path, how, status):
     assert process.returncode == status
     assert said == "" if how == "end" else said.strip().endswith("as it happens")
     assert not workers_of(process.pid)
+
+
+def test_a_worker_that_has_grown_is_not_used_again():
+    """What an item has left in memory would decide how the next one ends."""
+    with WorkerPool(TASK, workers=1, memory_limit_mb=100) as pool:
+        items = [["keep", 2**20], "about", ["keep", 60 * 2**20], "about"]
+        small, first, large, second = pool.map(items)
+    assert small.failure is large.failure is None
+    assert first.value["pid"] != second.value["pid"]
 
 
 @pytest.mark.slow

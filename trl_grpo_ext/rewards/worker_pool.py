@@ -364,14 +364,15 @@ class _Dispatcher:
         if "last" in message:
             worker.is_leaving = True
             return
-        job = worker.jobs.popleft()
         failure = message.get("failure")
+        outcome = Outcome(message["value"]) if failure is None else Outcome(None, str(failure))
+        job = worker.jobs.popleft()
         if failure == "memory" and worker.num_done and not job.is_retry:
             job.is_retry, job.used_s = True, job.used_s + now - worker.began
             self.remove(worker)
             self.start_worker(job)
             return
-        job.batch.set(job.index, Outcome(None, str(failure)) if failure is not None else Outcome(message["value"]))
+        job.batch.set(job.index, outcome)
         worker.num_done += 1
         worker.began = now
         if worker.is_leaving:

@@ -57,22 +57,28 @@ def _die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def _pages() -> tuple[int, int]:
+    """This process's memory: what it has asked for, and what it has got. (0, 0) where that cannot be known."""
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
+        size, resident = map(int, file.read().split()[:2])
+        return size, resident
+    return 0, 0
+
+
 def _limit_memory(limit_mb: int | None) -> float:
-    """Limit what items may take, beyond what imports have; the peak, in KiB, from which a worker is not used again."""
+    """Limit what items may take beyond what imports have; returns with how many pages a worker is not used again."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if limit_mb is None:
-        return float("inf")
     # if the machine's memory runs out, a worker is ended and not the training
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
-    used = 0
-    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    limit = used + limit_mb * 2**20
+    if limit_mb is None:
+        return float("inf")
+    size, resident = _pages()
+    limit = size * resource.getpagesize() + limit_mb * 2**20
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + limit_mb * 1024 / 2
+    return resident + limit_mb * 2**20 / resource.getpagesize() / 2
 
 
 def _receive(connection: socket.socket, size: int) -> bytes | None:
@@ -122,7 +128,7 @@ def main(descriptor: int, parent: int) -> None:
     while (message := _receive_frame(connection)) is not None:
         answer, is_last = _run(task, message["item"])
         # What an item has left behind must not decide how the next one ends.
-        if is_last or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > retire_at:
+        if is_last or _pages()[1] > retire_at:
             connection.sendall(to_frame({"last": True}) + answer)
             break
         connection.sendall(answer)
