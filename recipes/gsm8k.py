@@ -68,7 +68,11 @@ class RecipeArguments(RunArguments):
         },
     )
     bundle: str = field(
-        default="gsm8k", metadata={"help": "The rewards to train on: 'gsm8k', 'tag', or a dotted name of your own."}
+        default="gsm8k",
+        metadata={
+            "help": "The rewards to train on: 'gsm8k', 'tag', 'math' (where answers are formulas), or a dotted name "
+            "of your own."
+        },
     )
 
     def __post_init__(self) -> None:

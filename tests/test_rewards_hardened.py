@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from trl_grpo_ext.rewards import (
-    get_hardened_correctness_reward,
+    get_correctness_reward,
+    get_hardened_extractor,
     get_hardened_format_reward,
     gsm8k_bundle,
     tag_bundle,
@@ -99,8 +100,10 @@ HALF = {
 )
 def test_layout(text, is_met):
     assert get_hardened_format_reward(score=1.0)(completions=[text]) == [float(is_met)]
-    expected = 2.0 if is_met else 0.0
-    assert get_hardened_correctness_reward()(completions=[text], answer=["24"]) == [expected]
+    assert get_hardened_extractor()(text) == ("24" if is_met else None)
+    reward = get_correctness_reward(answer_extractor=get_hardened_extractor())
+    assert reward(completions=[text], answer=["24"]) == [2.0 if is_met else 0.0]
+    assert reward(completions=[reward.completion_giving("24")], answer=["24"]) == [2.0]
 
 
 def test_options():
@@ -128,7 +131,7 @@ def test_options():
     ],
 )
 def test_bad_options_are_refused(options, named):
-    for factory in (get_hardened_format_reward, get_hardened_correctness_reward):
+    for factory in (get_hardened_format_reward, get_hardened_extractor):
         with pytest.raises(ValueError, match=named):
             factory(**options)
 
@@ -155,7 +158,7 @@ MATH_LIKE = (
 def test_numbers_inside_of_references_are_not_paid(bundle_name):
     """Whatever digits a reference has in it, only what denotes the reference gets the score for a right answer."""
     assert len(MATH_LIKE) >= 60
-    same = {r"12\%": {"12"}, r"45^\circ": set(), r"90^{\circ}": set()}
+    same = {r"12\%": {"12"}, "x=5": {"5"}, r"45^\circ": set(), r"90^{\circ}": set()}
     bundle = BUNDLES[bundle_name]()
     reward = bundle[bundle.names.index("correctness_reward_func")]
     for reference in MATH_LIKE:

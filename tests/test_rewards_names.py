@@ -82,7 +82,7 @@ def test_rewards_of_somebodys_own():
     [
         ("gms8k", "did you mean gsm8k?"),
         ("acuracy_reward", "did you mean accuracy_reward?"),
-        ("nothing-like-it", "They are gsm8k, hardened, notebooks, tag, accuracy_reward"),
+        ("nothing-like-it", "They are gsm8k, hardened, math, notebooks, tag, accuracy_reward"),
         ("rewards_of_mine.lenght", "rewards_of_mine has no 'lenght': did you mean length?"),
         ("no_such_module.reward", "no_such_module cannot be imported (ModuleNotFoundError"),
         ("broken_of_mine.reward", "No module named 'no_such_package'"),

@@ -19,6 +19,7 @@ from .report.callback import RunRecordCallback
 from .rewards.audit import check_references
 from .rewards.bundle import RewardBundle, refuse_what_is_no_reward
 from .rewards.references import reference_to_text
+from .rewards.worker_pool import close_workers
 from .shared_prefix import SharedPrefixMixin
 
 
@@ -71,6 +72,12 @@ class GRPOExtTrainer(
         if extension_setting(args, "record_run"):
             self.add_callback(RunRecordCallback(self))
         show_rewards_in_notebooks(self)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            close_workers()  # of rewards that compare answers as mathematics; others are started when they are needed
 
     def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         rewards: torch.Tensor = super()._calculate_rewards(inputs, *args, **kwargs)

@@ -31,7 +31,9 @@ class AuditArguments(ColumnArguments):
 
     bundle: str = field(
         default="tag",
-        metadata={"help": "Rewards: gsm8k, tag, notebooks (gsm8k with the notebooks' quirks), or a dotted name."},
+        metadata={
+            "help": "Rewards: gsm8k, math, tag, notebooks (gsm8k with the notebooks' quirks), or a dotted name."
+        },
     )
     split: str = field(default="train", metadata={"help": "Split on the hub or in a folder; a file is taken whole."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration on the hub, or subfolder."})

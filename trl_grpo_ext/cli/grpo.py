@@ -19,8 +19,8 @@ from .launch import launch
 MODULE = "trl_grpo_ext.grpo"
 PROGRAM = "trl-grpo-ext grpo"
 DESCRIPTION = (
-    "Train with GRPO: all that `trl grpo` takes, and these. --reward_funcs also takes the bundles gsm8k and tag, and "
-    "dotted names of bundles or of functions that make one; --dataset_name also a CSV, JSON Lines or parquet file. "
+    "Train with GRPO: all that `trl grpo` takes, and these. --reward_funcs also takes the bundles gsm8k, math, tag "
+    "and dotted names of bundles or of functions that make one; --dataset_name a CSV, JSON Lines or parquet file too. "
     "--help_all lists the options of TRL, transformers and GRPOExtConfig too; those of `accelerate launch` may stand "
     "among them."
 )

@@ -26,7 +26,9 @@ trl-grpo-ext score completions.jsonl --bundle my_rewards.make_bundle --completio
 class ScoreArguments:
     """How completions are scored."""
 
-    bundle: str = field(metadata={"help": "Rewards: gsm8k, tag, notebooks, a reward of TRL's, or a dotted name."})
+    bundle: str = field(
+        metadata={"help": "Rewards: gsm8k, math, tag, notebooks, a reward of TRL's, or a dotted name."}
+    )
     output: str | None = field(
         default=None,
         metadata={"help": "File for the same lines, each with its 'scores' by reward and the weighted 'reward'."},

@@ -6,7 +6,7 @@ completion may be a string, a list of messages or `None`. No text makes a reward
 """
 
 from .audit import AuditReport, AuditRow, audit, check_references
-from .bundle import RewardBundle, gsm8k_bundle, tag_bundle
+from .bundle import RewardBundle, gsm8k_bundle, math_bundle, tag_bundle
 from .correctness import (
     correctness_reward_func,
     exact_correctness_reward_func,
@@ -34,7 +34,7 @@ from .format import (
     strict_format_reward_func,
     xmlcount_reward_func,
 )
-from .hardened import get_hardened_correctness_reward, get_hardened_format_reward
+from .hardened import get_hardened_extractor, get_hardened_format_reward
 from .numbers import (
     is_reference_number,
     numerically_equal,
@@ -43,7 +43,9 @@ from .numbers import (
     parse_plain_number,
 )
 from .references import reference_to_text
+from .symbolic import get_math_correctness_reward
 from .text import completion_to_text
+from .worker_pool import close_workers
 
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "RewardBundle",
     "audit",
     "check_references",
+    "close_workers",
     "completion_to_text",
     "correctness_reward_func",
     "exact_correctness_reward_func",
@@ -67,15 +70,17 @@ __all__ = [
     "get_correctness_reward",
     "get_exact_correctness_reward",
     "get_format_reward",
-    "get_hardened_correctness_reward",
+    "get_hardened_extractor",
     "get_hardened_format_reward",
     "get_int_reward",
+    "get_math_correctness_reward",
     "get_soft_format_reward",
     "get_strict_format_reward",
     "get_xmlcount_reward",
     "gsm8k_bundle",
     "int_reward_func",
     "is_reference_number",
+    "math_bundle",
     "numerically_equal",
     "parse_answer_number",
     "parse_number",

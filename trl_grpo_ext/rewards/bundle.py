@@ -18,7 +18,8 @@ from .format import (
     get_strict_format_reward,
     get_xmlcount_reward,
 )
-from .hardened import get_hardened_correctness_reward, get_hardened_format_reward
+from .hardened import get_hardened_extractor, get_hardened_format_reward
+from .symbolic import get_math_correctness_reward
 
 
 # As in TRL: the id of a reward model, a reward model (a callable module), or a function.
@@ -269,6 +270,7 @@ def gsm8k_bundle(
     answer_extractor: AnswerExtractor = "tag",
     numeric: str = "safe",
     hardened: bool = False,
+    symbolic: bool = False,
 ) -> RewardBundle:
     """The five rewards of the GSM8K notebooks: XML count, soft and strict format, integer, correctness.
 
@@ -291,7 +293,10 @@ def gsm8k_bundle(
         hardened (`bool`, *optional*, defaults to `False`):
             Two rewards instead of five, which cannot be had without the layout as a whole: 2.0 for it
             ([`get_hardened_format_reward`], as much as the four that it stands for), and 2.0 for the right answer in
-            it ([`get_hardened_correctness_reward`]).
+            it ([`get_hardened_extractor`]).
+        symbolic (`bool`, *optional*, defaults to `False`):
+            Compare answers as mathematics too ([`get_math_correctness_reward`], which needs the extra `math`), under
+            the same name and with the same scores: 1.5 for what is the reference in another form.
 
     Returns:
         `RewardBundle`:
@@ -299,6 +304,7 @@ def gsm8k_bundle(
 
     Raises:
         ValueError: If `hardened` and `as_in_notebooks` are asked for at once.
+        ImportError: If `symbolic` is asked for, and math-verify is not installed.
 
     Example:
     ```python
@@ -309,15 +315,21 @@ def gsm8k_bundle(
     """
     if hardened and as_in_notebooks:
         raise ValueError("gsm8k_bundle: hardened and as_in_notebooks are opposites, choose one")
+    answers: dict[str, Any] = {
+        "answer_column": answer_column,
+        "answer_extractor": answer_extractor,
+        "answer_tag": tags[1],
+    }
     if hardened:
-        return RewardBundle(
-            [
-                get_hardened_format_reward(tags=tags),
-                get_hardened_correctness_reward(
-                    tags=tags, answer_column=answer_column, answer_extractor=answer_extractor, numeric=numeric
-                ),
-            ]
+        answers["answer_extractor"] = get_hardened_extractor(tags=tags, answer_extractor=answer_extractor)
+    if symbolic:
+        correctness = get_math_correctness_reward(
+            numeric_score=1.5, symbolic_score=1.5, numeric=numeric, name="correctness_reward_func", **answers
         )
+    else:
+        correctness = get_correctness_reward(numeric=numeric, **answers)
+    if hardened:
+        return RewardBundle([get_hardened_format_reward(tags=tags), correctness])
     # in the notebooks an answer is an integer also where no tag stands around it
     integer_extractor = "xml" if answer_extractor == "tag" else answer_extractor
     return RewardBundle(
@@ -328,9 +340,7 @@ def gsm8k_bundle(
             get_int_reward(
                 signs_and_commas=not as_in_notebooks, answer_extractor=integer_extractor, answer_tag=tags[1]
             ),
-            get_correctness_reward(
-                answer_column=answer_column, answer_extractor=answer_extractor, answer_tag=tags[1], numeric=numeric
-            ),
+            correctness,
         ]
     )
 
@@ -360,3 +370,30 @@ def tag_bundle(
             get_format_reward(tags=tags),
         ]
     )
+
+
+def math_bundle(
+    *,
+    tags: tuple[Tag, Tag] = ("reasoning", "answer"),
+    answer_column: str = "answer",
+    answer_extractor: AnswerExtractor = "tag",
+) -> RewardBundle:
+    """Rewards for answers that are mathematics, such as MATH's: [`get_math_correctness_reward`], and 0.2 for each tag.
+
+    Where answers are not looked for in tags (`answer_extractor="boxed"`), the prompt is not taken to ask for any, and
+    correctness is the only reward. It needs the extra `math`. Options are those of [`gsm8k_bundle`].
+
+    Example:
+    ```python
+    >>> math_bundle()
+    RewardBundle(correctness_reward_func=1, format_reward_func=1)
+    ```
+    """
+    correctness = get_math_correctness_reward(
+        answer_column=answer_column,
+        answer_extractor=answer_extractor,
+        answer_tag=tags[1],
+        name="correctness_reward_func",
+    )
+    format_rewards = [get_format_reward(tags=tags)] if answer_extractor in ("tag", "xml") else []
+    return RewardBundle([correctness, *format_rewards])

@@ -1,6 +1,6 @@
 """Rewards for the answer: is it the reference's, character for character or as a number?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,17 @@ NUMERIC_RULES: dict[str, Callable[[str | None, str], bool]] = {
     "safe": is_reference_number,
     "seed": numerically_equal,
 }
+
+
+def check_numeric(reward: str, numeric: str) -> None:
+    """Raise `ValueError` unless there is a rule of this name."""
+    if numeric not in NUMERIC_RULES:
+        raise ValueError(f"{reward}: numeric must be one of {', '.join(NUMERIC_RULES)}, got {numeric!r}")
+
+
+def is_same_number(numeric: str, given: str | None, reference: str) -> bool:
+    """Whether an answer is the reference's number by the rule of this name."""
+    return NUMERIC_RULES[numeric](given, reference)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +53,15 @@ class AnswerReward(Reward):
         """The answer that a completion gives; `None` if there is none, or the user's function fails on the text."""
         return extract_answer(text, self.answer_extractor, self.answer_tag)
 
-    def grade(self, extracted: str | None, reference: str) -> float:
+    def grade(self, extracted: str | None, reference: str) -> float | None:
         raise NotImplementedError
 
     def is_correct(self, extracted: str | None, reference: str) -> bool:
         raise NotImplementedError
+
+    def grade_batch(self, pairs: Sequence[tuple[str | None, str]]) -> list[tuple[float | None, bool]]:
+        """The score of each pair of an answer and a reference, `None` if there is none; and whether it is right."""
+        return [(self.grade(*pair), self.is_correct(*pair)) for pair in pairs]
 
     def __call__(
         self,
@@ -67,15 +82,13 @@ class AnswerReward(Reward):
                 "there must be one for each completion"
             )
         extracted = [self.extract(completion_to_text(completion)) for completion in completions]
-        rewards: list[float | None] = []
-        correct = []
-        for given, value in zip(extracted, references, strict=True):
-            reference = reference_to_text(value)
-            if reference is None:  # nothing to compare with: not scored, which is not the same as wrong
-                rewards.append(None)
-                continue
-            rewards.append(self.grade(given, reference))
-            correct.append(self.is_correct(given, reference))
+        texts = list(map(reference_to_text, references))
+        pairs = [(given, text) for given, text in zip(extracted, texts, strict=True) if text is not None]
+        grades = self.grade_batch(pairs)
+        correct = [is_correct for score, is_correct in grades if score is not None]
+        # Where there is nothing to compare with: not scored, which is not the same as wrong.
+        scores = iter(grades)
+        rewards = [None if text is None else next(scores)[0] for text in texts]
         # Two answer rewards in one bundle must not write into the same column, TRL would append the one to the other.
         prefix = "" if self.name == "correctness_reward_func" else f"{self.name.removesuffix('_reward_func')}/"
         if log_extra is not None:
@@ -110,8 +123,7 @@ class CorrectnessReward(AnswerReward):
         super().__post_init__()
         for option in ("exact_score", "numeric_score", "wrong_score"):
             check_score(self.name, option, getattr(self, option))
-        if self.numeric not in NUMERIC_RULES:
-            raise ValueError(f"{self.name}: numeric must be one of {', '.join(NUMERIC_RULES)}, got {self.numeric!r}")
+        check_numeric(self.name, self.numeric)
 
     @property
     def full_marks(self) -> float:
@@ -120,13 +132,10 @@ class CorrectnessReward(AnswerReward):
     def grade(self, extracted: str | None, reference: str) -> float:
         if extracted == reference:
             return self.exact_score
-        return self.numeric_score if self._is_same_number(extracted, reference) else self.wrong_score
+        return self.numeric_score if is_same_number(self.numeric, extracted, reference) else self.wrong_score
 
     def is_correct(self, extracted: str | None, reference: str) -> bool:
-        return extracted == reference or self._is_same_number(extracted, reference)
-
-    def _is_same_number(self, extracted: str | None, reference: str) -> bool:
-        return NUMERIC_RULES[self.numeric](extracted, reference)
+        return extracted == reference or is_same_number(self.numeric, extracted, reference)
 
 
 def get_correctness_reward(

@@ -2,8 +2,8 @@ r"""Rewards that pay nothing for a completion that games its format.
 
 A classic format reward looks at a text from one side, and a policy finds the others: tags that are empty, doubled, or
 wrapped in one another, an answer that stands where the reasoning should, text without end. Here a completion either
-has the whole layout or it has not, and an answer is paid only inside of it. What each known hack is paid by the classic
-and by the hardened bundle is in the guide `recipes/guides/rewards.md`.
+has the whole layout or it has not, and an answer is paid only inside of it. What each known hack is paid by the
+classic and by the hardened bundle is in the guide `recipes/guides/rewards.md`.
 """
 
 import re
@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ._base import Tag, check_score, to_tag_pair, to_tuple
-from .correctness import CorrectnessReward
 from .extract import PLACEHOLDER
-from .extractors import AnswerExtractor
+from .extractors import AnswerExtractor, ExtractorFunction, check_answer_extractor, completion_giving, extract_answer
 from .format import SectionsReward
 
 
@@ -143,69 +142,73 @@ def get_hardened_format_reward(
 
 
 @dataclass(frozen=True, kw_only=True)
-class HardenedCorrectnessReward(CorrectnessReward):
-    """See [`get_hardened_correctness_reward`]."""
+class HardenedExtractor:
+    """See [`get_hardened_extractor`]."""
 
     tags: tuple[Tag, Tag]
+    answer_extractor: AnswerExtractor
     layout: HardenedLayout
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        HardenedFormatReward(name=self.name, tags=self.tags, full_score=0.0, layout=self.layout)  # refuses bad options
+        HardenedFormatReward(
+            name=_EXTRACTOR, tags=self.tags, full_score=0.0, layout=self.layout
+        )  # refuses bad options
+        check_answer_extractor(_EXTRACTOR, self.answer_extractor, self.tags[1])
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The opening and the closing texts of the two sections."""
+        return [to_tag_pair(_EXTRACTOR, "tags", tag) for tag in self.tags]
+
+    def __call__(self, text: str) -> str | None:
+        """The answer of a completion that has the layout, `None` of all others."""
+        return (
+            extract_answer(text, self.answer_extractor, self.tags[1]) if self.layout.is_met(text, self.pairs) else None
+        )
 
     def completion_giving(self, answer: str) -> str | None:
         """The shortest completion that has the layout and gives this answer."""
-        opening, closing = to_tag_pair(self.name, "tags", self.tags[0])
-        in_tag = super().completion_giving(answer)
-        return None if in_tag is None else f"{opening}\n{'x' * self.layout.min_reasoning_chars}\n{closing}\n{in_tag}"
+        in_tag = completion_giving(answer, self.answer_extractor, self.tags[1])
+        (opening, closing), (answer_opening, answer_closing) = self.pairs
+        if in_tag is None:
+            return None
+        if not in_tag.startswith(answer_opening):
+            in_tag = f"{answer_opening}\n{in_tag}\n{answer_closing}"
+        return f"{opening}\n{'x' * self.layout.min_reasoning_chars}\n{closing}\n{in_tag}"
 
-    def extract(self, text: str) -> str | None:
-        pairs = [to_tag_pair(self.name, "tags", tag) for tag in self.tags]
-        return super().extract(text) if self.layout.is_met(text, pairs) else None
+
+_EXTRACTOR = "hardened_extractor"
 
 
-def get_hardened_correctness_reward(
+def get_hardened_extractor(
     *,
-    exact_score: float = 2.0,
-    numeric_score: float = 1.5,
-    wrong_score: float = 0.0,
-    numeric: str = "safe",
     tags: tuple[Tag, Tag] = ("reasoning", "answer"),
-    answer_column: str = "answer",
     answer_extractor: AnswerExtractor = "tag",
     max_chars: int = 8192,
     max_answer_chars: int = 128,
     min_reasoning_chars: int = 4,
-    name: str = "correctness_reward_func",
-) -> Callable[..., list[float | None]]:
-    """[`get_correctness_reward`] for completions that have the layout of [`get_hardened_format_reward`].
+) -> ExtractorFunction:
+    """An `answer_extractor` for any answer reward, which finds answers in completions of one layout only.
 
-    In any other completion no answer is found. Arguments are those of the two.
+    Args:
+        tags, max_chars, max_answer_chars, min_reasoning_chars:
+            The layout, see [`get_hardened_format_reward`].
+        answer_extractor (`str`, `Callable` or a tuple of these, *optional*, defaults to `"tag"`):
+            How the answer is found in a completion that has it, see [`get_answer_extractor`].
 
     Returns:
         `Callable`:
-            A picklable reward function, see [`get_correctness_reward`].
+            From a completion's text to its answer, `None` if there is none or the layout is another. Picklable if the
+            functions given are.
 
     Example:
     ```python
-    >>> reward = get_hardened_correctness_reward()
-    >>> good, bare = "<reasoning>12 + 12</reasoning><answer>24</answer>", "<answer>24</answer>"
-    >>> reward(completions=[good, bare], answer=["24", "24"])
-    [2.0, 0.0]
+    >>> find_answer = get_hardened_extractor()
+    >>> find_answer("<reasoning>12 + 12</reasoning><answer>24</answer>"), find_answer("<answer>24</answer>")
+    ('24', None)
     ```
     """
     layout = HardenedLayout(
         max_chars=max_chars, max_answer_chars=max_answer_chars, min_reasoning_chars=min_reasoning_chars
     )
-    return HardenedCorrectnessReward(
-        name=name,
-        tags=to_tuple(tags),
-        answer_extractor=answer_extractor,
-        answer_tag=tags[-1],
-        answer_column=answer_column,
-        exact_score=exact_score,
-        numeric_score=numeric_score,
-        wrong_score=wrong_score,
-        numeric=numeric,
-        layout=layout,
-    )
+    return HardenedExtractor(tags=to_tuple(tags), answer_extractor=to_tuple(answer_extractor), layout=layout)

@@ -9,12 +9,13 @@ from importlib import import_module
 from typing import Any
 
 from ..spelling import suggestion
-from .bundle import RewardBundle, gsm8k_bundle, tag_bundle
+from .bundle import RewardBundle, gsm8k_bundle, math_bundle, tag_bundle
 
 
 BUNDLES: dict[str, Callable[[], RewardBundle]] = {
     "gsm8k": gsm8k_bundle,
     "hardened": partial(gsm8k_bundle, hardened=True),
+    "math": math_bundle,
     "notebooks": partial(gsm8k_bundle, as_in_notebooks=True),
     "tag": tag_bundle,
 }
@@ -33,9 +34,10 @@ def find_rewards(names: str | Sequence[str]) -> RewardBundle:
 
     Args:
         names (`str` or `Sequence[str]`):
-            Each is a bundle of this package (`gsm8k`, `tag`, `notebooks`, which is `gsm8k` with the notebooks' quirks,
-            or `hardened`); a reward that `trl grpo` knows; or a dotted name, `package.module.name`, of a reward, a
-            bundle, or a function without arguments that makes one. Modules are looked for in the working folder too.
+            Each is a bundle of this package (`gsm8k`, `hardened`, `math`, `tag`, or `notebooks`, which is `gsm8k` with
+            the notebooks' quirks); a reward that `trl grpo` knows; or a dotted name, `package.module.name`, of a
+            reward, a bundle, or a function without arguments that makes one. Modules are looked for in the working
+            folder too.
 
     Returns:
         `RewardBundle`:
@@ -49,7 +51,7 @@ def find_rewards(names: str | Sequence[str]) -> RewardBundle:
     for name in names:
         try:
             bundle = bundle + _find(name)
-        except (TypeError, ValueError) as error:
+        except (ImportError, TypeError, ValueError) as error:
             raise ValueError(str(error) if str(error).startswith(f"{name}: ") else f"{name}: {error}") from error
     return bundle
 
