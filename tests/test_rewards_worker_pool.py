@@ -52,7 +52,7 @@ def wait_until(condition, seconds: float = 10.0) -> None:
 
 @pytest.fixture(scope="module")
 def pool():
-    with WorkerPool(TASK, timeout_s=0.5, workers=2, memory_limit_mb=256) as pool:
+    with WorkerPool(TASK, timeout_s=1.0, workers=2, memory_limit_mb=256) as pool:
         yield pool
 
 
@@ -72,7 +72,7 @@ def test_every_way_to_fail(pool):
     started = time.monotonic()
     outcomes = pool.map(items)
     # four that run over or nearly so, on two workers, each within its deadline and a second
-    assert time.monotonic() - started < 4 * 1.5
+    assert time.monotonic() - started < 4 * 2.0
     for item, outcome in zip(items, outcomes, strict=True):
         if isinstance(item, str) and item in ends:
             assert outcome.value is None
@@ -86,7 +86,7 @@ def test_one_hanging_item_takes_its_deadline(pool):
     pool.map(["ready"])
     started = time.monotonic()
     assert pool.map(["hang"]) == [Outcome(None, "deadline")]
-    assert 0.5 <= time.monotonic() - started < 1.5
+    assert 1.0 <= time.monotonic() - started < 2.0
     started = time.monotonic()
     assert pool.map([["sleep", 0.2]], timeout_s=0.1) == [Outcome(None, "deadline")]
     assert time.monotonic() - started < 1.1
