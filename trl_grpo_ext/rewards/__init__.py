@@ -34,6 +34,7 @@ from .format import (
     strict_format_reward_func,
     xmlcount_reward_func,
 )
+from .guard import RewardFailure, guard
 from .hardened import get_hardened_extractor, get_hardened_format_reward
 from .numbers import (
     is_reference_number,
@@ -53,6 +54,7 @@ __all__ = [
     "AuditReport",
     "AuditRow",
     "RewardBundle",
+    "RewardFailure",
     "audit",
     "check_references",
     "close_workers",
@@ -78,6 +80,7 @@ __all__ = [
     "get_strict_format_reward",
     "get_xmlcount_reward",
     "gsm8k_bundle",
+    "guard",
     "int_reward_func",
     "is_reference_number",
     "math_bundle",

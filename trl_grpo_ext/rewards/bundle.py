@@ -18,6 +18,7 @@ from .format import (
     get_strict_format_reward,
     get_xmlcount_reward,
 )
+from .guard import guard as put_guard
 from .hardened import get_hardened_extractor, get_hardened_format_reward
 from .symbolic import get_math_correctness_reward
 
@@ -53,6 +54,11 @@ def refuse_what_is_no_reward(reward_func: Any) -> None:
         raise TypeError(f"{reward_func!r} stands inside a list of rewards: pass `bundle + [other_reward]`")
 
 
+def _guarded(reward_func: RewardFunction, options: dict[str, Any]) -> RewardFunction:
+    """A function of the user's with a guard around it; this package's own rewards, models and ids as they are."""
+    return reward_func if isinstance(reward_func, str) or _is_model(reward_func) else put_guard(reward_func, **options)
+
+
 class RewardBundle(list):
     """A list of reward functions that knows the name and the weight of each.
 
@@ -71,6 +77,9 @@ class RewardBundle(list):
             Reward functions, ids of reward models, or reward models.
         weights (`Iterable[float]`, *optional*):
             One weight for each; where left out 1.0 for all, or where `reward_funcs` is a bundle, that bundle's.
+        guard (`bool` or `Mapping`, *optional*):
+            `True`, or options of [`guard`], to put a guard around each function that is not of this package, so that
+            what it fails on is not scored instead of ending the run.
 
     Raises:
         TypeError: If a reward function is none of the three, or a function that makes one.
@@ -96,7 +105,13 @@ class RewardBundle(list):
     _weights: tuple[float, ...]
     _has_own_weights: bool
 
-    def __init__(self, reward_funcs: Iterable[RewardFunction] = (), weights: Iterable[float] | None = None) -> None:
+    def __init__(
+        self,
+        reward_funcs: Iterable[RewardFunction] = (),
+        weights: Iterable[float] | None = None,
+        *,
+        guard: bool | Mapping[str, Any] | None = None,
+    ) -> None:
         if isinstance(reward_funcs, RewardBundle):
             if weights is None and reward_funcs._has_own_weights:
                 weights = reward_funcs._weights
@@ -110,6 +125,11 @@ class RewardBundle(list):
             refuse_what_is_no_reward(reward_func)
             if not (isinstance(reward_func, str) and reward_func) and not callable(reward_func):
                 raise TypeError(f"a reward must be a function, a model or a model's id, got {reward_func!r}")
+        if guard is not None and not isinstance(guard, bool | Mapping):
+            raise TypeError(f"guard must be True or the options of guard(), got {guard!r}")
+        if guard is not None and guard is not False:
+            options = {} if guard is True else dict(guard)
+            declared = tuple(_guarded(reward_func, options) for reward_func in declared)
         names = tuple(map(reward_name, declared))
         for name in names:
             if names.count(name) > 1:
