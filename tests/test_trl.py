@@ -109,3 +109,23 @@ def test_trl_command_line(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert "rewards/correctness_reward_func/mean" in result.stdout + result.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+async def judged(completions, **columns):
+    """Fails on every other completion of those that come alone, and so on every batch."""
+    if any(len(completion[0]["content"]) % 2 for completion in completions):
+        raise ConnectionError("the judge is away")
+    return [1.0] * len(completions)
+
+
+def test_guarded_functions_in_grpo_trainer(tmp_path):
+    """What fails is left out, of a plain and of an asynchronous function, and the run goes on."""
+
+    def failing(completions, **columns):
+        raise ValueError("nonsense")
+
+    rewards = RewardBundle([failing, judged], guard={"max_failure_rate": None}) + gsm8k_bundle()
+    logs = train(rewards, config(tmp_path)).state.log_history[0]
+    assert logs["rewards/failing/mean"] != logs["rewards/failing/mean"] or logs["rewards/failing/mean"] is None
+    assert 0 < logs["rewards/unscored"] <= 1
+    assert logs["rewards/correctness_reward_func/mean"] == 0.0
