@@ -381,7 +381,8 @@ def write_report(trainer: Any) -> Path | None:
         `Path`, *optional*:
             The file, or `None` where there is no record, or no package to draw it with.
     """
-    from .report.page import REPORT_FILE, PackageMissingError
+    from .extras import PackageMissingError
+    from .report.page import REPORT_FILE
     from .report.page import write_report as write
     from .report.record import RecordError, read_record
 

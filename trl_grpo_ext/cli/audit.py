@@ -4,11 +4,13 @@ Exit status: 0 if every reference gets full marks, 1 if some do not, 2 if the da
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import OneLineParser
 from ..exits import stop
+from ..extras import PackageMissingError
 from ..screen import show
 from ..script_arguments import ColumnArguments
 from ._rewards import rewards_of
@@ -55,20 +57,20 @@ def main(arguments: list[str]) -> None:
     bundle = rewards_of("bundle", options.bundle)
 
     from ..rewards import audit
-    from ..tasks import load_problems
+    from ..tasks import read_problems
 
     try:
-        problems = load_problems(named.dataset, split=options.split, config=options.dataset_config, **options.columns)
+        problems = read_problems(named.dataset, split=options.split, config=options.dataset_config, **options.columns)
         report = audit(bundle, with_solutions(problems))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, PackageMissingError) as error:
         stop(2, error)
     print_report(report, options.failures)
     sys.exit(0 if report.ok else 1)
 
 
-def with_solutions(problems: Any) -> Any:
+def with_solutions(problems: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """Problems with what a policy would have to write: the bare answer in its tags if the data set does not say."""
-    if "solution" in problems.column_names:
+    if "solution" in problems[0]:
         return problems
 
     from ..tasks import format_solution
