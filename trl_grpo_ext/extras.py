@@ -86,8 +86,9 @@ class _ExplainingLoader(SourceFileLoader):
             super().exec_module(module)
         except ModuleNotFoundError as error:
             missing = missing_packages()
-            if error.name is None or error.name.partition(".")[0] not in missing:
+            if not missing or (error.name or "").partition(".")[0] == __package__:
                 raise
+            # what is missing is one of them, or comes with one of them
             raise PackageMissingError(_message(module.__name__, missing, INSTALL_TRAIN)) from None
 
 

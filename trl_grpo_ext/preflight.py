@@ -74,7 +74,7 @@ VLLM_COMPANIONS = (
 )
 TRL_TAKES_VLLM = ">=0.22,<0.32"
 # What is reported beside the packages that this one requires.
-OPTIONAL = ("deepspeed", "vllm", "flash-attn", "math-verify", "rich", "matplotlib", "tensorboard", "wandb", "trackio")
+OPTIONAL = ("deepspeed", "vllm", "flash-attn", "math-verify", "matplotlib", "tensorboard", "wandb", "trackio")
 
 
 def names_of_training(requirements: Sequence[str]) -> list[str]:
