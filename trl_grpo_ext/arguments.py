@@ -17,6 +17,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 from yaml import YAMLError
 
 from .exits import stop
+from .private import expand_home
 from .spelling import suggestion
 
 
@@ -95,6 +96,7 @@ class OneLineParser(TrlParser):
         # not the fields' types: transformers' parser changes them
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         for item in self._fields():
+            self.given[item.name] = expand_home(self.given[item.name])  # as run.yaml has it
             value, choices = self.given[item.name], item.metadata.get("choices") or _choices_of(item.name)
             kinds = get_args(hints[item.name]) if get_origin(hints[item.name]) in (Union, UnionType) else ()
             kinds = kinds or (hints[item.name],)

@@ -37,6 +37,7 @@ from transformers.utils import find_adapter_config_file
 from ..checkpoints import find_missing, whole_checkpoints
 from ..embedded_policy import EMBEDDED_POLICY, embedded_policy_path
 from ..exits import one_line
+from ..private import expand_home
 from ..runs import RUN_FILE
 
 
@@ -199,7 +200,7 @@ def _base_of(place: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         name = revision = None
         for folder in (Path(place), Path(place).parent):
             if (folder / RUN_FILE).is_file():
-                settings = yaml.safe_load((folder / RUN_FILE).read_text())
+                settings = expand_home(yaml.safe_load((folder / RUN_FILE).read_text()))
                 name, revision = settings.get("model_name_or_path"), settings.get("model_revision")
                 break
     if not name:
