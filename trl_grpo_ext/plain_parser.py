@@ -4,7 +4,7 @@
 """
 
 import os
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -28,6 +28,7 @@ class PlainParser(ArgumentParser):
     """
 
     def __init__(self, dataclass_types: Any = None, **kwargs: Any) -> None:
+        self._added: list[Action] = []  # before: argparse adds `--help` itself
         super().__init__(**{"formatter_class": ArgumentDefaultsHelpFormatter, **kwargs})
         kinds = dataclass_types if isinstance(dataclass_types, Iterable) else [dataclass_types]
         self.dataclass_types = [kind for kind in kinds if kind is not None]
@@ -36,6 +37,10 @@ class PlainParser(ArgumentParser):
             for item in fields(kind):
                 if item.init:
                     self._add(item, hints[item.name])
+
+    def add_argument(self, *names: Any, **options: Any) -> Action:
+        self._added.append(super().add_argument(*names, **options))
+        return self._added[-1]
 
     def _add(self, item: Field, hint: Any) -> None:
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
@@ -111,10 +116,10 @@ class PlainParser(ArgumentParser):
 
     def _set_defaults(self, values: dict[str, Any]) -> list[str]:
         """Take values of a file as defaults; returns those that are of no option, as a command line has them."""
-        for action in self._actions:
+        for action in self._added:
             if action.dest in values:
                 action.default, action.required = values[action.dest], False
-        known = {action.dest for action in self._actions}
+        known = {action.dest for action in self._added}
         return [word for name, value in values.items() if name not in known for word in (f"--{name}", str(value))]
 
 
