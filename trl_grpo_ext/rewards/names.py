@@ -58,7 +58,7 @@ def _find(name: str) -> list[Any]:
     if name in BUNDLES:
         return BUNDLES[name]()
     if name in TRL_REWARDS:
-        require(f"a reward of TRL's, {name},")
+        require("a reward of TRL's")
         reward_func = getattr(import_module("trl.rewards"), name)
         arguments = TRL_REWARDS[name]
         return [reward_func if arguments is None else reward_func(**arguments)]
