@@ -45,6 +45,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from trl_grpo_ext.extras import require_or_stop
+
+
+if __name__ == "__main__":
+    require_or_stop()
+
 import torch
 from datasets import Dataset
 from torch.autograd import DeviceType

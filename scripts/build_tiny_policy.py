@@ -20,6 +20,12 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trl_grpo_ext.extras import require_or_stop
+
+
+if __name__ == "__main__":
+    require_or_stop()
+
 import torch
 from datasets import Dataset
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -21,6 +21,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from trl_grpo_ext.extras import require_or_stop
+
+
+if __name__ == "__main__":
+    require_or_stop()
+
 import yaml
 from datasets import Dataset
 from rich.console import Console

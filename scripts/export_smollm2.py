@@ -13,6 +13,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
+from trl_grpo_ext.extras import require_or_stop
+
+
+if __name__ == "__main__":
+    require_or_stop()
+
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser

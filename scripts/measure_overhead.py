@@ -19,6 +19,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from trl_grpo_ext.extras import require_or_stop
+
+
+if __name__ == "__main__":
+    require_or_stop()
+
 import torch
 import yaml
 from rich.console import Console

@@ -10,6 +10,12 @@ What is counted is said in `trl_grpo_ext/memory.py`. DeepSpeed's buffers, the al
 import sys
 from dataclasses import dataclass, field
 
+from trl_grpo_ext.extras import require_or_stop
+
+
+if __name__ == "__main__":
+    require_or_stop()
+
 from rich.console import Console
 from rich.table import Table
 from trl import TrlParser

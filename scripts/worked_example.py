@@ -3,6 +3,12 @@
 python scripts/worked_example.py
 """
 
+from trl_grpo_ext.extras import require_or_stop
+
+
+if __name__ == "__main__":
+    require_or_stop()
+
 import torch
 
 from trl_grpo_ext.objective import (

@@ -64,18 +64,6 @@ def test_figures_and_verdicts(tmp_path, lines, capsys):
     assert "4 completions of 4 problems" in shown
 
 
-def test_without_rich_there_are_figures_and_a_note(tmp_path, lines, capsys, monkeypatch):
-    for name in ("rich", "rich.console", "rich.table"):
-        monkeypatch.setitem(sys.modules, name, None)
-    file = write(tmp_path / "answers.jsonl", lines)
-    main(["grade", file, "--output", str(tmp_path / "figures.json")])
-    assert json.loads((tmp_path / "figures.json").read_text())["items"] == 4
-    main(["compare", file, file])
-    shown = capsys.readouterr()
-    assert shown.err.count("trl_grpo_ext[report]") == 2
-    assert "No difference can be told under answer" in shown.out
-
-
 def test_a_packed_file(tmp_path, lines, capsys):
     plain = write(tmp_path / "answers.jsonl", lines)
     packed = gzip.compress((tmp_path / "answers.jsonl").read_bytes())

@@ -95,7 +95,7 @@ def test_a_missing_package_is_named(tmp_path, capsys, missing_package):
     assert stopped.value.code == 1
     assert error.count("\n") == 1
     assert missing_package in error
-    assert "pip install 'trl_grpo_ext[report]'" in error
+    assert "pip install 'trl_grpo_ext[page]'" in error
 
 
 def trainer_of(folder):
@@ -114,7 +114,7 @@ def test_a_missing_package_ends_no_run(tmp_path, capsys, missing_package):
     from trl_grpo_ext.script import write_report
 
     assert write_report(trainer_of(write_record(tmp_path / "run", steps=2))) is None
-    assert "pip install 'trl_grpo_ext[report]'" in capsys.readouterr().err
+    assert "pip install 'trl_grpo_ext[page]'" in capsys.readouterr().err
 
 
 def test_nothing_that_goes_wrong_with_a_report_ends_a_run(tmp_path, capsys, monkeypatch):

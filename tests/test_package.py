@@ -92,7 +92,8 @@ VLLM = {
 @pytest.mark.parametrize("vllm", VLLM)
 def test_it_can_be_installed_beside_vllm(vllm):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = {found.name: found.specifier for found in map(Requirement, project["dependencies"])}
+    train = project["optional-dependencies"]["train"]
+    requirements = {found.name: found.specifier for found in map(Requirement, train)}
     of_vllm, transformers, torch = VLLM[vllm]
     assert transformers in requirements["transformers"] & Requirement(of_vllm).specifier
     assert torch in requirements["torch"]

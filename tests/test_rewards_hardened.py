@@ -158,7 +158,7 @@ MATH_LIKE = (
 def test_numbers_inside_of_references_are_not_paid(bundle_name):
     """Whatever digits a reference has in it, only what denotes the reference gets the score for a right answer."""
     assert len(MATH_LIKE) >= 60
-    same = {r"12\%": {"12"}, "x=5": {"5"}, "1011_2": {"1011"}, r"45^\circ": set(), r"90^{\circ}": set()}
+    same = {r"12\%": {"12"}, "x=5": {"5"}, "1011_2": {"1011"}, r"45^\circ": {"45"}, r"90^{\circ}": {"90"}}
     bundle = BUNDLES[bundle_name]()
     reward = bundle[bundle.names.index("correctness_reward_func")]
     for reference in MATH_LIKE:

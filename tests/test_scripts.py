@@ -198,13 +198,32 @@ def write_programs(folder, programs):
 def test_a_part_that_fails_is_named_at_the_end(tmp_path, single, distributed, status, says):
     of_pytest = f'case "$*" in *"not distributed"*) exit {single} ;; *) exit {distributed} ;; esac'
     write_programs(tmp_path / "bin", {"ruff": "true", "mypy": "true", "python": of_pytest})
-    pinned = b"".join((SCRIPTS.parent / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
-    done = subprocess.run(["cksum"], input=pinned, capture_output=True, check=True).stdout
-    (tmp_path / ".installed-dev").write_bytes(done)  # nothing is left to install
-    environment = {**os.environ, "VENV": str(tmp_path)}
+    environment = installed_in(tmp_path)
     result = run_to_the_end(["bash", str(SCRIPTS / "test.sh"), "some.py"], 60, environment=environment)
     assert result.returncode == status
     assert result.stdout.splitlines()[1:] == says  # after an empty line
+
+
+def installed_in(folder):
+    """The environment variables with which scripts find that nothing is left to install."""
+    pinned = b"".join((SCRIPTS.parent / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+    done = subprocess.run(["cksum"], input=pinned, capture_output=True, check=True).stdout
+    (folder / ".installed-dev").write_bytes(done)
+    return {**os.environ, "VENV": str(folder)}
+
+
+@pytest.mark.parametrize(("answers", "status"), [(False, 0), (True, 0), (True, 1)])
+def test_an_audit_says_whether_it_was_made(tmp_path, answers, status):
+    of_python = f'case "$*" in "- "*) exit {int(not answers)} ;; *"pip list"*) echo torch==2.13.0+cpu ;; esac'
+    write_programs(tmp_path / "bin", {"python": of_python, "pip-audit": f'cat "${{@: -2:1}}"; exit {status}'})
+    environment = {**installed_in(tmp_path), "VENV_AUDIT": str(tmp_path)}
+    command = ["bash", str(SCRIPTS / "audit_dependencies.sh"), "--desc"]
+    result = run_to_the_end(command, 60, environment=environment)
+    assert result.returncode == status, result.stderr
+    if answers:
+        assert result.stdout.splitlines() == ["1 packages against https://api.osv.dev", "torch==2.13.0"]
+    else:
+        assert result.stdout.startswith("skipped: https://api.osv.dev cannot be reached")
 
 
 @pytest.fixture

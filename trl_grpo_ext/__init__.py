@@ -13,11 +13,14 @@
 - [`trl_grpo_ext.grpo`]: GRPO on any data, as a script; [`trl_grpo_ext.script`]: what such scripts need;
 - [`trl_grpo_ext.embedded_policy`]: a tiny policy for runs without a hub.
 
-Importing this package imports no torch; the trainer's names are looked up when they are first used.
+Importing this package imports no torch; the trainer's names are looked up when they are first used. They need the
+extra `train`; rewards, grades and the report do without it.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .extras import explain_missing_packages, require
 
 
 if TYPE_CHECKING:
@@ -53,10 +56,13 @@ _MODULES = {
     "WholeCheckpointsMixin": "checkpoints",
 }
 
+explain_missing_packages()
+
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require(name)
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 

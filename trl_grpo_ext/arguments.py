@@ -1,5 +1,7 @@
 """A script's options, parsed as TRL does: what is wrong is said in one line, which suggests the nearest name.
 
+Where TRL is not installed, [`trl_grpo_ext.plain_parser`] parses the options of what does without it.
+
 Importing this module, parsing and `--help` import no torch, unless the options themselves do.
 """
 
@@ -12,12 +14,19 @@ from textwrap import dedent, indent
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from trl import TrlParser
 from yaml import YAMLError
 
 from .exits import stop
+from .private import expand_home
 from .spelling import suggestion
 
+
+try:
+    from trl import TrlParser
+except ModuleNotFoundError as error:  # where there is no trainer, the options are few and plain
+    if error.name != "trl":
+        raise
+    from .plain_parser import PlainParser as TrlParser
 
 # What TRL looks at in the first step only.
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -87,6 +96,7 @@ class OneLineParser(TrlParser):
         # not the fields' types: transformers' parser changes them
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         for item in self._fields():
+            self.given[item.name] = expand_home(self.given[item.name])  # as run.yaml has it
             value, choices = self.given[item.name], item.metadata.get("choices") or _choices_of(item.name)
             kinds = get_args(hints[item.name]) if get_origin(hints[item.name]) in (Union, UnionType) else ()
             kinds = kinds or (hints[item.name],)

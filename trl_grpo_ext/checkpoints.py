@@ -2,13 +2,14 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from .mixin_order import OrderedMixin
 from .ranks import is_lost_connection
 from .rollouts import FOLDER as ROLLOUTS
+from .weights_only import NotWeightsError, check_metadata, loading_only_weights, what_it_asks_for
 
 
 logger = get_logger(__name__)
@@ -187,6 +189,7 @@ class WholeCheckpointsMixin(OrderedMixin):
 
     run_record: Record | None = None
     _aside_name: str | None = None
+    _loading = ExitStack()
     _writes_aside = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -202,7 +205,15 @@ class WholeCheckpointsMixin(OrderedMixin):
         lacks = find_unresumable(resume_from_checkpoint) if resume_from_checkpoint else None
         if lacks is not None:
             logger.warning(f"Resuming from {str(resume_from_checkpoint)!r} alone: {lacks}.")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if not resume_from_checkpoint:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        with ExitStack() as self._loading:
+            self._loading.enter_context(_reading_numbers(resume_from_checkpoint))
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._loading.close()  # a reward of the user's may load what it likes
 
     def _newest_whole_checkpoint(self) -> str:
         newest, damages = newest_whole_checkpoint(self.args.output_dir)
@@ -303,6 +314,22 @@ class WholeCheckpointsMixin(OrderedMixin):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._writes_aside:  # else it is pushed when it lies in its place
             super()._push_from_checkpoint(checkpoint_folder)
+
+
+@contextmanager
+def _reading_numbers(checkpoint: str | os.PathLike[str]) -> Iterator[None]:
+    """Within it nothing but numbers is read of a checkpoint; what else it holds raises [`CheckpointError`]."""
+    try:
+        check_metadata(checkpoint)
+        with loading_only_weights():
+            yield
+    except NotWeightsError as error:
+        raise CheckpointError(str(error)) from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {str(checkpoint)!r} has more in it than numbers, which is not loaded, for it could be any "
+            f"program ({what_it_asks_for(error)}): restore it, or resume from another one"
+        ) from error
 
 
 def remove_abandoned(run_dir: Path) -> None:

@@ -3,13 +3,15 @@
 import math
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from .passes import can_stop, window_within_pass
+from .private import is_secret
 
 
 @dataclass
@@ -103,6 +105,22 @@ class GRPOExtConfig(GRPOConfig):
         super().__post_init__()
         check_settings(self)
         self.tokens_per_micro_batch = tokens_per_micro_batch(self)
+
+    # transformers pickles the arguments into `training_args.bin`, in each checkpoint and beside the model that is
+    # pushed to the hub. A token must not be in there; a copy within the process has it.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: None if is_secret(name) else value for name, value in vars(self).items()}
+
+    def __copy__(self) -> Self:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(deepcopy(self.__dict__, memo))
+        return made
 
 
 # The fields above, with their defaults: a plain `GRPOConfig` works as if it had them.

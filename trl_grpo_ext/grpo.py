@@ -13,6 +13,7 @@ goes on from its newest whole checkpoint (`--resume_from_checkpoint auto`); and 
 import itertools
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from pyarrow import ArrowException
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
+from trl.scripts.grpo import GRPOScriptArguments
 
 from . import GRPOExtConfig, GRPOExtTrainer, script
 from .arguments import OneLineParser
@@ -34,8 +36,13 @@ from .exits import one_line, stop
 from .ranks import run_as_rank
 from .rewards.bundle import RewardBundle
 from .runs import CHANGED, settings_of
-from .script_arguments import GRPOExtScriptArguments
+from .script_arguments import GRPOExtOptions
 from .tasks import system_prompt_named, to_problems
+
+
+@dataclass
+class GRPOExtScriptArguments(GRPOExtOptions, GRPOScriptArguments):
+    """The options of TRL's script for GRPO, and ours."""
 
 
 OPTIONS = (GRPOExtScriptArguments, GRPOExtConfig, ModelConfig, DatasetMixtureConfig)

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from .private import hide_home
 from .ranks import is_so_anywhere
 from .signals import SIGNALS, name_of
 
@@ -69,7 +70,7 @@ class SaveOnInterrupt(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self._checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        SIGNALS.goes_on = f"the last checkpoint is {self._checkpoint}; to go on: {self._way_to_go_on()}"
+        SIGNALS.goes_on = f"the last checkpoint is {hide_home(self._checkpoint)}; to go on: {self._way_to_go_on()}"
         if self.has_interrupted or not SIGNALS.is_deferred:
             return
         if control.should_training_stop:
@@ -87,8 +88,8 @@ class SaveOnInterrupt(TrainerCallback):
                 number = SIGNALS.number or signal.SIGTERM
                 SIGNALS.end(
                     number,
-                    f"ended by {name_of(number)} after step {state.global_step}, saved in {self._checkpoint}; "
-                    f"to go on: {self._way_to_go_on()}",
+                    f"ended by {name_of(number)} after step {state.global_step}, saved in "
+                    f"{hide_home(self._checkpoint)}; to go on: {self._way_to_go_on()}",
                 )
         finally:
             self._is_within = False

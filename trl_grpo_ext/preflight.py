@@ -74,7 +74,13 @@ VLLM_COMPANIONS = (
 )
 TRL_TAKES_VLLM = ">=0.22,<0.32"
 # What is reported beside the packages that this one requires.
-OPTIONAL = ("deepspeed", "vllm", "flash-attn", "math-verify", "rich", "matplotlib", "tensorboard", "wandb", "trackio")
+OPTIONAL = ("deepspeed", "vllm", "flash-attn", "math-verify", "matplotlib", "tensorboard", "wandb", "trackio")
+
+
+def names_of_training(requirements: Sequence[str]) -> list[str]:
+    """The packages without which nothing can be trained: those of the core and of the extra `train`."""
+    parsed = [Requirement(text) for text in requirements]
+    return [item.name for item in parsed if item.marker is None or item.marker.evaluate({"extra": "train"})]
 
 
 def check_versions(
@@ -97,7 +103,7 @@ def check_versions(
     """
     parsed = [Requirement(text) for text in requirements]
     ranges = {item.name: item for item in parsed if item.url is None and item.specifier}
-    required = {item.name for item in parsed if item.marker is None}
+    required = set(names_of_training(requirements))
     rows, fine, missing = [], [], []
     for name, version in installed.items():
         if version is None:

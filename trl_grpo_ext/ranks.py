@@ -216,7 +216,7 @@ def _repeat_after(launcher: int, line: str | None) -> bool:
         return False
     try:
         handle = os.pidfd_open(launcher)
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603  # this Python, and a program that stands above
             [sys.executable, "-I", "-S", "-c", _REPEAT, str(handle), str(SECONDS_FOR_THE_LAUNCHER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

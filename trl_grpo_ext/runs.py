@@ -38,6 +38,7 @@ from .checkpoints import (
     newest_whole_checkpoint,
     step_of,
 )
+from .private import expand_home, is_secret, shorten_home, without_credentials
 
 
 RUN_FILE = "run.yaml"
@@ -81,7 +82,6 @@ PARAMETERS = (
 
 # How a run is started is not what it is.
 _HOW_TO_START = ("resume_from_checkpoint", "overwrite_run", "allow_changed_settings", "config")
-_SECRETS = ("token", "hub_token", "use_auth_token", "api_key", "password")
 
 
 class RunError(RuntimeError):
@@ -118,7 +118,7 @@ class RunRecord:
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write the file, at once or not at all."""
         file = Path(folder) / RUN_FILE
-        content = {**self.settings, **({CHANGED: self.changes} if self.changes else {})}
+        content = shorten_home({**self.settings, **({CHANGED: self.changes} if self.changes else {})})
         part = file.with_name(f".{RUN_FILE}.{os.getpid()}")
         part.write_text(
             "# The settings of the run in this folder; --config and this file start it again.\n"
@@ -155,7 +155,8 @@ class Start:
 def settings_of(*sources: Any) -> dict[str, Any]:
     """Settings that can be written to a file and read back.
 
-    Secrets are left out, and objects that a configuration file cannot hold, and how the run is started.
+    Tokens and passwords are left out, also those in addresses; objects that a configuration file cannot hold; and how
+    the run is started.
 
     Args:
         *sources (mappings or dataclasses):
@@ -169,7 +170,7 @@ def settings_of(*sources: Any) -> dict[str, Any]:
             if source.get("steps_per_generation") is not None:
                 source.pop("generation_batch_size", None)  # computed from it, and TRL refuses both
         for name, value in source.items():
-            if name not in (*_HOW_TO_START, *_SECRETS):
+            if name not in _HOW_TO_START and not is_secret(name):
                 try:
                     settings[name] = _plain(value)
                 except TypeError:
@@ -186,14 +187,16 @@ def _plain(value: Any) -> Any:
             value = json.loads(value)
         except ValueError:
             return value
-    if value is None or type(value) in (bool, int, float, str):
+    if type(value) is str:
+        return without_credentials(value)
+    if value is None or type(value) in (bool, int, float):
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "to_dict"):  # an `AcceleratorConfig`
         value = value.to_dict()
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items() if name not in _SECRETS}
+        return {str(name): _plain(item) for name, item in value.items() if not is_secret(str(name))}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     raise TypeError(f"{type(value).__name__} cannot be written")
@@ -230,7 +233,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunRecord | None:
     """What is noted of the run in an output folder, or of the one that wrote a checkpoint; `None` if nothing is."""
     file = Path(folder) / RUN_FILE
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = expand_home(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

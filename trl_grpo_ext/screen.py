@@ -23,8 +23,10 @@ def begin_script() -> None:
     """
     from . import __version__
     from .exits import is_first_rank
+    from .extras import require_or_stop
     from .signals import SIGNALS
 
+    require_or_stop()
     SIGNALS.__enter__()  # until the process ends
     hide_no_news()
     if is_first_rank() and not {"-h", "--help", "--help_all"} & set(sys.argv):
@@ -44,17 +46,12 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def show(make_table: Callable[[], Any]) -> None:
-    """Print a table; where rich is missing, one line that says how to have it.
+    """Print a table.
 
     Args:
         make_table (`Callable[[], Table]`):
             Makes the table, and imports what it needs of rich.
     """
-    try:
-        from rich.console import Console
+    from rich.console import Console
 
-        Console(markup=False).print(make_table())  # names and paths are no markup
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "rich":
-            raise
-        print("note: tables need rich: pip install 'trl_grpo_ext[report]'", file=sys.stderr)
+    Console(markup=False).print(make_table())  # names and paths are no markup

@@ -31,6 +31,7 @@ from .embedded_policy import EMBEDDED_POLICY, embedded_policy_path
 from .evaluation import EvaluationCallback, Figures, table_of
 from .exits import one_line, stop
 from .interrupt import SaveOnInterrupt
+from .private import hide_home, shorten_home
 from .ranks import BoundCollectiveCalls, is_so_anywhere
 from .rewards.bundle import RewardBundle
 from .rewards.names import find_rewards
@@ -128,7 +129,8 @@ def announce(training_args: GRPOExtConfig, model: str | None, dataset: str) -> N
         place = torch.cuda.get_device_name() if torch.cuda.is_available() else training_args.device.type
     place = place if processes == 1 else f"{processes} processes ({place})"
     policy = "the embedded policy" if model == EMBEDDED_POLICY else model
-    print(f"GRPO on {dataset} with {policy}: {length} on {place}, into {training_args.output_dir}", flush=True)
+    line = f"GRPO on {dataset} with {policy}: {length} on {place}, into {training_args.output_dir}"
+    print(hide_home(line), flush=True)
 
 
 def set_cpu_threads(training_args: GRPOExtConfig, threads: int | None) -> None:
@@ -152,7 +154,7 @@ def find_start(run_args: RunArguments, training_args: GRPOExtConfig, settings: d
         stop(2, error)
     if training_args.process_index == 0:
         for note in start.notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {hide_home(note)}", file=sys.stderr)
     return start
 
 
@@ -283,7 +285,7 @@ def train(trainer: Any, start: Start, max_minutes: float | None = None) -> None:
         trainer.add_callback(TimeBudget(trainer, max_minutes))
     command = command_that_goes_on(command_line())
     if start.checkpoint is not None:
-        SIGNALS.goes_on = f"the last checkpoint is {start.checkpoint}; to go on: {command}"
+        SIGNALS.goes_on = f"the last checkpoint is {hide_home(start.checkpoint)}; to go on: {command}"
     trainer.add_callback(SaveOnInterrupt(trainer, command))  # the last one
     if start.checkpoint is None and trainer.accelerator.is_main_process:
         Path(trainer.args.output_dir, SUMMARY_FILE).unlink(missing_ok=True)  # an earlier attempt's
@@ -337,9 +339,9 @@ def write_summary(
         **accuracy,
         "optimizer_steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
-        "model": model,
-        "dataset": dataset,
-        "output_dir": trainer.args.output_dir,
+        "model": shorten_home(model),
+        "dataset": shorten_home(dataset),
+        "output_dir": shorten_home(trainer.args.output_dir),
         "seed": trainer.args.seed,
         "processes": trainer.accelerator.num_processes,
         "versions": installed_versions(),
@@ -381,7 +383,8 @@ def write_report(trainer: Any) -> Path | None:
         `Path`, *optional*:
             The file, or `None` where there is no record, or no package to draw it with.
     """
-    from .report.page import REPORT_FILE, PackageMissingError
+    from .extras import PackageMissingError
+    from .report.page import REPORT_FILE
     from .report.page import write_report as write
     from .report.record import RecordError, read_record
 
@@ -390,12 +393,12 @@ def write_report(trainer: Any) -> Path | None:
         file = write([read_record(folder)], folder / REPORT_FILE)
     except PackageMissingError as error:
         print(f"note: there is no report of the run: {one_line(error)}", file=sys.stderr)
-        print(f"With these, `trl-grpo-ext report {folder}` writes one.")
+        print(f"With these, `trl-grpo-ext report {hide_home(folder)}` writes one.")
     except RecordError:  # record_run=False
         print("note: there is no report of the run, because it kept no record of itself", file=sys.stderr)
     except Exception as error:  # what was trained must not be lost for a page
         print(f"note: no report was written ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
     else:
-        print(f"The report is in {file}")
+        print(f"The report is in {hide_home(file)}")
         return file
     return None

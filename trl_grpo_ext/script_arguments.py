@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from trl.scripts.grpo import GRPOScriptArguments
-
 from .rewards.extractors import ANSWER_EXTRACTORS
 
 
@@ -84,8 +82,3 @@ class GRPOExtOptions(ColumnArguments, RunArguments):
             "format that this package's rewards look for; else none."
         },
     )
-
-
-@dataclass
-class GRPOExtScriptArguments(GRPOExtOptions, GRPOScriptArguments):
-    """The options of TRL's script for GRPO, and ours."""

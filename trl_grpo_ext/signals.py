@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 from .exits import Stop, is_first_rank
+from .private import command_without_secrets
 
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
@@ -247,7 +248,7 @@ def command_that_goes_on(words: Sequence[str]) -> str:
             is_value = not is_value
         elif not word.startswith("--resume_from_checkpoint="):
             kept.append(word)
-    return shlex.join([*kept, "--resume_from_checkpoint", "latest"])
+    return command_without_secrets([*kept, "--resume_from_checkpoint", "latest"])
 
 
 def _words_of(file: str) -> list[str]:

@@ -20,6 +20,7 @@ SUBCOMMANDS = {
     "audit": "which of a data set's own references get no full marks from a bundle of rewards",
     "score": "a bundle of rewards over a file of completions",
 }
+NEED_TRAIN = ("doctor", "grpo", "launch", "evaluate")  # the extra `train`; the others do without torch
 USAGE = "usage: trl-grpo-ext SUBCOMMAND [options]"
 
 
@@ -51,6 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
 
         hint = suggestion(name, SUBCOMMANDS) or f": the subcommands are {', '.join(SUBCOMMANDS)}"
         stop(2, f"there is no subcommand {name!r}{hint}")
+    if name in NEED_TRAIN:
+        from ..extras import require_or_stop
+
+        require_or_stop(f"trl-grpo-ext {name}")
     try:
         import_module(f"{__name__}.{name}").main(rest)
     except KeyboardInterrupt:

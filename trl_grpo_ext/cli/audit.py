@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..arguments import OneLineParser
 from ..exits import stop
+from ..extras import PackageMissingError
 from ..screen import show
 from ..script_arguments import ColumnArguments
 from ._rewards import rewards_of
@@ -57,12 +58,12 @@ def main(arguments: list[str]) -> None:
     bundle = rewards_of("bundle", options.bundle)
 
     from ..rewards.audit import audit, with_solutions
-    from ..tasks import load_problems
+    from ..tasks import read_problems
 
     try:
-        problems = load_problems(named.dataset, split=options.split, config=options.dataset_config, **options.columns)
+        problems = read_problems(named.dataset, split=options.split, config=options.dataset_config, **options.columns)
         report = audit(bundle, with_solutions(bundle, problems))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, PackageMissingError) as error:
         stop(2, error)
     print_report(report, options.failures)
     sys.exit(0 if report.ok else 1)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from ..arguments import OneLineParser
 from ..evaluation.grade import CONVENTIONS
 from ..exits import stop
+from ..private import shorten_home
 from ..screen import show
 from ._files import BootstrapArguments, check_outputs, graded_answers, lines_of, write_json
 
@@ -57,8 +58,8 @@ def main(arguments: list[str]) -> None:
         stop(1, f"{files.a} and {files.b} cannot be compared: {error}")
     conclusion = comparison.conclusion(options.convention)
     if options.output is not None:
-        content = {"a": files.a, "b": files.b, **comparison.to_dict(), "conclusion": " ".join(conclusion)}
-        write_json(options.output, content)
+        names = shorten_home({"a": files.a, "b": files.b})
+        write_json(options.output, {**names, **comparison.to_dict(), "conclusion": " ".join(conclusion)})
     print(f"a: {files.a}\nb: {files.b}")
     show(lambda: comparison_table(comparison, options.convention))
     print(f"{comparison.items} problems are in both.{_unpaired(comparison.unpaired_a, comparison.unpaired_b)}")

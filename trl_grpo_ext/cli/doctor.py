@@ -7,7 +7,7 @@ is said to be so. Exit status: 0 nothing is a problem, 1 something is, 2 wrong a
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -141,9 +141,8 @@ def parse(arguments: Sequence[str]) -> tuple[Plan | None, DoctorOptions]:
     from trl import DatasetMixtureConfig, ModelConfig
 
     from .. import GRPOExtConfig
-    from ..grpo import launcher_options
+    from ..grpo import GRPOExtScriptArguments, launcher_options
     from ..runs import CHANGED
-    from ..script_arguments import GRPOExtScriptArguments
     from .grpo import NamesParser, split_arguments
 
     @dataclass
@@ -306,17 +305,14 @@ def examine(plan: Plan | None, machine: "Machine") -> "Sections":
 
 
 def check_packages(plan: Plan | None) -> "list[Check]":
-    from packaging.requirements import Requirement
-
-    from ..preflight import NOTE, OPTIONAL, Check, check_versions, python_row, read_constraints
+    from ..extras import TRAIN
+    from ..preflight import NOTE, OPTIONAL, Check, check_versions, names_of_training, python_row, read_constraints
 
     try:
         requirements = requires("trl_grpo_ext") or []
     except PackageNotFoundError:  # a checkout that is used as it is
         requirements = []
-    parsed = [Requirement(text) for text in requirements]
-    names = [item.name for item in parsed if item.marker is None]
-    names = names or ["torch", "transformers", "trl", "datasets", "accelerate", "peft"]
+    names = names_of_training(requirements) or TRAIN
     tested = read_constraints(CONSTRAINTS.read_text(encoding="utf-8")) if CONSTRAINTS.is_file() else None
     wanted = set()
     if plan is not None:
@@ -726,23 +722,10 @@ STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
 def print_sections(sections: "Sections") -> None:
-    from importlib.util import find_spec
-
     from ..preflight import summary_line
 
-    if find_spec("rich") is not None:
-        show(lambda: make_tables(sections))
-    else:
-        print_lines(sections)
+    show(lambda: make_tables(sections))
     print(summary_line(sections))
-
-
-def print_lines(sections: "Sections", write: Callable[[str], None] = print) -> None:
-    """The rows as lines, where there is no rich."""
-    for name, rows in sections.items():
-        write(name)
-        for row in rows:
-            write(f"  {MARKS[row.status]:7} {row.name}: {row.found}" + (f" -> {row.remedy}" if row.remedy else ""))
 
 
 def make_tables(sections: "Sections") -> "Group":

@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Output folder of a run, which has its record.jsonl.")
     options, named = parser.parse_or_stop(arguments)
 
-    from ..report.page import MAX_RUNS, PackageMissingError, check_packages, write_report
+    from ..extras import PackageMissingError
+    from ..report.page import MAX_RUNS, check_packages, write_report
     from ..report.record import RecordError, read_record
 
     if len(named.runs) > MAX_RUNS:

@@ -27,6 +27,7 @@ from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
 
 from .. import compat
+from ..private import shorten_home
 from ..rewards.references import reference_to_text
 from ..shared_prefix.probe import undisturbed
 from .answers import Answer, append_answers, read_answers, write_answers, write_at_once
@@ -301,7 +302,7 @@ class AnswersFile:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        self.settings = json.loads(json.dumps(dict(settings), default=str))  # as they are read back
+        self.settings = shorten_home(json.loads(json.dumps(dict(settings), default=str)))  # as they are read back
         self.settings_path = path.with_name(path.name + SETTINGS_ENDING)
 
     def begin(self, tasks: Sequence[Task]) -> list[Answer]:
@@ -326,7 +327,7 @@ class AnswersFile:
     def _check_settings(self) -> dict[str, Any]:
         way_out = f"name another file for the answers, or delete {self.path}"
         try:
-            settings = yaml.safe_load(self.settings_path.read_text())
+            settings = shorten_home(yaml.safe_load(self.settings_path.read_text()))
         except FileNotFoundError:
             raise ValueError(
                 f"{self.path} has answers, and {self.settings_path.name}, which says how they were generated, is not "

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import pickle
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -37,7 +36,9 @@ from transformers.utils import find_adapter_config_file
 from ..checkpoints import find_missing, whole_checkpoints
 from ..embedded_policy import EMBEDDED_POLICY, embedded_policy_path
 from ..exits import one_line
+from ..private import expand_home
 from ..runs import RUN_FILE
+from ..weights_only import METADATA, NotWeightsError, loading_only_weights, read_metadata, what_it_asks_for
 
 
 WHOLE_WEIGHTS = (
@@ -48,14 +49,6 @@ WHOLE_WEIGHTS = (
 )
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 FSDP_SHARDS, FSDP_WHOLE = "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"
-# What `torch.distributed.checkpoint` describes a list of weights with
-NAMES_OF_METADATA = (
-    *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
-    *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-)
-DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-# Makes `torch.load` unpickle numbers and containers alone
-FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 # What a part of a model may fail with when it is read
 FAILURES = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 MAX_BASES = 8  # an adapter's base may be an adapter, but not its own
@@ -164,7 +157,7 @@ def _one_line_for(name: str) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise PolicyError(
             f"model {name!r} has more in its files than weights, which is not loaded, for it could be any program: "
-            f"{_first_global(error)}"
+            f"{what_it_asks_for(error)}"
         ) from error
     except FAILURES as error:
         cause = one_line(error) or type(error).__name__
@@ -172,12 +165,6 @@ def _one_line_for(name: str) -> Iterator[None]:
             f"model {name!r} cannot be loaded. Without a network, name the folder of a downloaded model, or use the "
             f"embedded policy ({EMBEDDED_POLICY}). Cause: {cause}"
         ) from error
-
-
-def _first_global(error: pickle.UnpicklingError) -> str:
-    """What torch says that a file asks for, out of its page of advice."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    return f"it asks for {found[1]}" if found else one_line(error)[:100]
 
 
 def _has_weights(folder: Path) -> bool:
@@ -199,7 +186,7 @@ def _base_of(place: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         name = revision = None
         for folder in (Path(place), Path(place).parent):
             if (folder / RUN_FILE).is_file():
-                settings = yaml.safe_load((folder / RUN_FILE).read_text())
+                settings = expand_home(yaml.safe_load((folder / RUN_FILE).read_text()))
                 name, revision = settings.get("model_name_or_path"), settings.get("model_revision")
                 break
     if not name:
@@ -304,12 +291,11 @@ def _without_wrapper(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def _state_from_fsdp(folder: Path) -> dict[str, torch.Tensor]:
     """The weights that `torch.distributed.checkpoint` has written, whose list of contents is a pickle."""
-    metadata = folder / ".metadata"
-    with metadata.open("rb") as stream:
-        try:
-            contents = OfMetadata(stream).load().state_dict_metadata
-        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise PolicyError(f"{metadata} is not loaded: {one_line(error)}") from None
+    metadata = folder / METADATA
+    try:
+        contents = read_metadata(metadata)
+    except NotWeightsError as error:
+        raise PolicyError(str(error)) from None
     others = [name for name, content in contents.items() if not isinstance(content, TensorStorageMetadata)]
     if others:
         raise PolicyError(f"{metadata} is not loaded: {str(others[0])[:60]!r} is no tensor")
@@ -317,25 +303,6 @@ def _state_from_fsdp(folder: Path) -> dict[str, torch.Tensor]:
         file = os.path.join(scratch, "weights.pt")
         dcp_to_torch_save(folder, file)
         return _without_wrapper(torch.load(file, map_location="cpu", weights_only=True))
-
-
-class OfMetadata(pickle.Unpickler):
-    """Reads what `torch.distributed.checkpoint` says of its files, and refuses whatever else a pickle can hold."""
-
-    CLASSES = frozenset(
-        {
-            *(("torch.distributed.checkpoint.metadata", name) for name in NAMES_OF_METADATA),
-            *(("torch.distributed.checkpoint.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")),
-            *(("torch.serialization", "_get_layout"), ("torch", "Size"), ("collections", "OrderedDict")),
-            *(("torch", dtype) for dtype in DTYPES),
-            *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.CLASSES:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of a list of weights")
-        return super().find_class(module, name)
 
 
 def _state_from_zero(folder: Path) -> dict[str, torch.Tensor]:
@@ -348,32 +315,14 @@ def _state_from_zero(folder: Path) -> dict[str, torch.Tensor]:
             "it is installed"
         ) from None
     try:
-        with _loading_only_weights(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with loading_only_weights(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder)))
     except pickle.UnpicklingError as error:
         raise PolicyError(
             f"{folder} has more in it than weights, which is not loaded, for it could be any program "
-            f"({_first_global(error)}): if the checkpoint is your own, run 'python {folder}/zero_to_fp32.py {folder} "
-            "DIR --safe_serialization', put config.json and tokenizer into DIR, and name DIR"
+            f"({what_it_asks_for(error)}): if the checkpoint is your own, run 'python {folder}/zero_to_fp32.py "
+            f"{folder} DIR --safe_serialization', put config.json and tokenizer into DIR, and name DIR"
         ) from None
-
-
-@contextmanager
-def _loading_only_weights() -> Iterator[None]:
-    """Within it `torch.load` unpickles numbers and what DeepSpeed keeps beside them, whatever it is asked for."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-
-    before = os.environ.get(FORCE_WEIGHTS_ONLY)
-    os.environ[FORCE_WEIGHTS_ONLY] = "1"
-    try:
-        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler]):
-            yield
-    finally:
-        if before is None:
-            del os.environ[FORCE_WEIGHTS_ONLY]
-        else:
-            os.environ[FORCE_WEIGHTS_ONLY] = before
 
 
 # What an evaluation notes of a model

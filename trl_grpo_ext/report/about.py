@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from transformers.utils import is_torch_cuda_available
 
 from ..embedded_policy import EMBEDDED_POLICY, embedded_policy_path
+from ..private import without_credentials
 from ..rewards.correctness import AnswerReward
 from ..runs import settings_of
 from ..versions import installed_versions
@@ -20,8 +20,6 @@ from .generations import RewardAbout
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
-
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def about_run(trainer: "GRPOTrainer", dataset_name: str | None = None) -> dict[str, Any]:
@@ -115,7 +113,7 @@ def without_places(value: Any) -> Any:
 
 
 def _without_places(text: str) -> str:
-    text = _CREDENTIALS.sub("", text)
+    text = without_credentials(text)
     for place, name in ((Path.cwd(), ""), (Path(os.path.expanduser("~")), f"~{os.sep}")):
         if place != Path(place.anchor):  # "/" is in every path
             text = text.replace(f"{place}{os.sep}", name)

@@ -8,6 +8,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+from ..extras import require
 from ..spelling import suggestion
 from .bundle import RewardBundle, gsm8k_bundle, math_bundle, tag_bundle
 
@@ -51,7 +52,7 @@ def find_rewards(names: str | Sequence[str]) -> RewardBundle:
     for name in names:
         try:
             bundle = bundle + _find(name)
-        except (ImportError, TypeError, ValueError) as error:
+        except (ImportError, TypeError, ValueError) as error:  # a package may be missing
             raise ValueError(str(error) if str(error).startswith(f"{name}: ") else f"{name}: {error}") from error
     return bundle
 
@@ -60,6 +61,7 @@ def _find(name: str) -> list[Any]:
     if name in BUNDLES:
         return BUNDLES[name]()
     if name in TRL_REWARDS:
+        require("a reward of TRL's")
         reward_func = getattr(import_module("trl.rewards"), name)
         arguments = TRL_REWARDS[name]
         return [reward_func if arguments is None else reward_func(**arguments)]

@@ -268,7 +268,7 @@ class _Dispatcher:
         }
         environment = {key: value for key, value in os.environ.items() if not key.startswith(OF_A_TRAINING)}
         try:
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: S603  # this interpreter, with a program of this package
                 [sys.executable, "-P", PROGRAM, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],

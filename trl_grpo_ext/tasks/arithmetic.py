@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
+from ..extras import require
 from .prompts import SYSTEM_PROMPT, format_solution, to_prompt
 
 
@@ -323,6 +324,7 @@ def load_arithmetic(split: Split, size: int, seed: int = 0, system_prompt: str |
     ('Pablo buys 14 cards on Monday and 16 cards on Tuesday. How many cards is that in all?', '30')
     ```
     """
+    require("load_arithmetic", ("datasets",), "pip install datasets")
     from datasets import Dataset
 
     problems = make_problems(split, size, seed)

@@ -11,6 +11,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ..extras import require
+
 
 Row: TypeAlias = dict[str, Any]
 
@@ -74,6 +76,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:
+    require(f"reading {file}", ("pyarrow",), "pip install pyarrow")
     from pyarrow import ArrowException, parquet
 
     try:

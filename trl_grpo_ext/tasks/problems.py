@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..extras import require
 from ..rewards.extractors import AnswerExtractor, get_answer_extractor
 from .arithmetic import load_arithmetic
 from .files import Row, files_of, is_on_disk, read_rows
@@ -35,6 +36,7 @@ CONFIGS: dict[str, tuple[str, ...]] = {"openai/gsm8k": ("main",), "EleutherAI/he
 # What is larger is written to datasets' cache and read from there as it is needed, instead of being held in memory.
 BYTES_IN_MEMORY = 16 * 2**20
 _ROWS_AT_ONCE = 1000
+DATASETS, INSTALL_DATASETS = ("datasets",), "pip install datasets"
 _OPTIONAL_COLUMNS = ("id", "solution")
 
 
@@ -94,16 +96,13 @@ def load_problems(
         ValueError: If there are no rows, or a row has no question or no answer; the message is one line and names
             file and line.
     """
-    if answer_extractor is not None:
-        get_answer_extractor(answer_extractor)  # refuses what is none
-    if max_rows is not None and max_rows < 1:
-        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    require(f"loading {name_or_path}", DATASETS, INSTALL_DATASETS)
+    _check_options(answer_extractor, max_rows)
     if name_or_path == ARITHMETIC:
         return _make_arithmetic(split, max_rows, seed, system_prompt, with_example)
     hub_name = HUB_NAMES.get(name_or_path, name_or_path)
-    is_on_hub = name_or_path in HUB_NAMES or not is_on_disk(name_or_path)
-    # in a folder, MATH's subjects are found by their names
-    configs = CONFIGS.get(hub_name, () if is_on_hub else _MATH_SUBJECTS) if config is None else (config,)
+    is_on_hub = _is_on_hub(name_or_path)
+    configs = _configs_of(hub_name, is_on_hub, config)
     columns: dict[str, Any] = {
         "question_column": question_column,
         "answer_column": answer_column,
@@ -116,6 +115,72 @@ def load_problems(
     return load_files(
         files_of(name_or_path, split, configs), partial(choose_layout, **columns), partial(_to_row, **shape), max_rows
     )
+
+
+def read_problems(
+    name_or_path: str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    answer_extractor: AnswerExtractor | None = None,
+    system_prompt: str | None = SYSTEM_PROMPT,
+    with_example: bool = False,
+    max_rows: int | None = None,
+) -> list[Row]:
+    """The rows that [`load_problems`] makes of a file or a folder, in memory, without `datasets`.
+
+    What is not on disk (the hub, problems from a seed) is loaded with `datasets`, and is rows afterwards.
+
+    Args:
+        name_or_path, split, config, question_column, answer_column, answer_extractor, system_prompt, with_example:
+            As for [`load_problems`].
+        max_rows (`int`, *optional*):
+            Take the first rows only.
+
+    Returns:
+        `list[dict]`:
+            Each with `prompt` (messages) and `answer`; with `id` and `solution` where all rows have one.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or no file of the split.
+        ValueError: If there are no rows, or a row has no question or no answer; the message is one line and names
+            file and line.
+        PackageMissingError: If `datasets`, or `pyarrow` for a parquet file, is needed and not installed.
+    """
+    options: dict[str, Any] = {
+        "question_column": question_column,
+        "answer_column": answer_column,
+        "answer_extractor": answer_extractor,
+    }
+    shape: dict[str, Any] = {"system_prompt": system_prompt, "with_example": with_example}
+    if name_or_path == ARITHMETIC or _is_on_hub(name_or_path):
+        return list(load_problems(name_or_path, split=split, config=config, **options, **shape, max_rows=max_rows))
+    _check_options(answer_extractor, max_rows)
+    files = files_of(name_or_path, split, _configs_of(name_or_path, False, config))
+    layout = _layout_of(files, partial(choose_layout, **options))
+    rows = list(_rows_of(list(map(str, files)), layout, partial(_to_row, **shape), max_rows))
+    partly_empty = [column for column in _OPTIONAL_COLUMNS if any(row[column] is None for row in rows)]
+    return [{name: value for name, value in row.items() if name not in partly_empty} for row in rows]
+
+
+def _check_options(answer_extractor: AnswerExtractor | None, max_rows: int | None) -> None:
+    if answer_extractor is not None:
+        get_answer_extractor(answer_extractor)  # refuses what is none
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+
+
+def _is_on_hub(name_or_path: str) -> bool:
+    return name_or_path in HUB_NAMES or not is_on_disk(name_or_path)
+
+
+def _configs_of(hub_name: str, is_on_hub: bool, config: str | None) -> tuple[str, ...]:
+    """Configurations on the hub, or subfolders: in a folder, MATH's subjects are found by their names."""
+    if config is not None:
+        return (config,)
+    return CONFIGS.get(hub_name, () if is_on_hub else _MATH_SUBJECTS)
 
 
 def to_problems(
@@ -141,6 +206,7 @@ def to_problems(
         name (`str`, *optional*, defaults to `"the data set"`):
             What messages call it.
     """
+    require("to_problems", DATASETS, INSTALL_DATASETS)
     from datasets import Dataset, Features
 
     first = next(iter(dataset), None)
@@ -177,11 +243,7 @@ def load_files(
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
-    layout = next((choose(row) for file in files for _, row in read_rows(file)), None)
-    if layout is None:
-        raise ValueError(
-            f"{_listed(files)} has no rows: each problem must be one, of JSON Lines, JSON, CSV or parquet"
-        )
+    layout = _layout_of(files, choose)
     arguments: dict[str, Any] = {
         "files": [str(file.resolve()) for file in files],
         "layout": layout,
@@ -208,6 +270,16 @@ def load_files(
             raise (error.__cause__ or error) from None
     partly_empty = [column for column in _OPTIONAL_COLUMNS if dataset.data.column(column).null_count]
     return dataset.remove_columns(partly_empty)
+
+
+def _layout_of(files: list[Path], choose: Callable[[Row], Layout]) -> Layout:
+    """How the rows of files are read, by the first of them."""
+    layout = next((choose(row) for file in files for _, row in read_rows(file)), None)
+    if layout is None:
+        raise ValueError(
+            f"{_listed(files)} has no rows: each problem must be one, of JSON Lines, JSON, CSV or parquet"
+        )
+    return layout
 
 
 def _rows_of(
