@@ -16,6 +16,7 @@ from ._base import Tag, check_score
 from .correctness import AnswerReward, check_numeric, is_same_number
 from .extract import extract_boxed_answer
 from .extractors import AnswerExtractor
+from .numbers import MULTIPLIERS, WORD
 from .references import reference_to_text
 from .worker_pool import check_pool_options, shared_pool
 
@@ -234,11 +235,18 @@ def verify_pair(pair: Sequence[str]) -> bool | None:
 
 
 def _overlooked(answer: str, reference: str) -> bool:
-    """Whether two texts differ in what math-verify does not look at: bases, and the left side of an equation."""
+    """Whether texts differ in what math-verify does not look at: bases, the left side of an equation, "thousand"."""
+    if _multipliers(answer) != _multipliers(reference):
+        return True
     if _base(answer) not in (None, _base(reference)):
         return True
     left, sign, _ = reference.partition("=")
     return bool(sign) and "=" not in answer and OPERATION.search(left) is not None
+
+
+def _multipliers(text: str) -> list[str]:
+    """Words that make another number of the one before them, which math-verify takes for units."""
+    return [word for word in WORD.findall(text.lower()) if word in MULTIPLIERS]
 
 
 def _base(text: str) -> str | None:
