@@ -147,7 +147,7 @@ MATH_LIKE = (
     *(r"\frac{\pi}{6}", r"(2,\infty)", r"(-\infty,3]", r"[0,1)", r"\{1,2\}", r"(3,4)", r"2^{10}", r"5!", "x=5", "5x"),
     *(r"x^2+3", r"y=2x+3", r"3-4i", r"2i", r"1011_2", r"45^\circ", r"\text{Tuesday}", r"\text{(B)}", r"12\%", "3:4"),
     *(r"\begin{pmatrix}1\\2\end{pmatrix}", r"\binom{5}{2}", r"\log_2 8", r"\sin 30", r"|x-3|", r"4\sqrt[3]{2}", "7e"),
-    *(r"\frac{x}{4}", r"e^{2}", r"\cot 5", r"10\text{ thousand}", r"\pm 4", r"x\leq 6", r"x>7", r"\lfloor 8.5\rfloor"),
+    *(r"\frac{x}{4}", r"e^{2}", r"\cot 5", r"10\text{ thousand}", r"\pm 4", r"x\leq 6", r"x>7", r"\lfloor x\rfloor+8"),
     *(r"3\frac{1}{2}", "1,3,5", r"\ln 9", r"9_{16}", r"6\cdot 10^{5}", r"\tan 60^\circ", r"11\tfrac14", "2 or 3"),
     *(r"\text{8 or 9}", r"16\pi-8", r"k\neq 4", r"30\sqrt{3}", r"90^{\circ}", "0.\\overline{36}", r"5\sqrt{5}"),
     *(r"\infty", r"\emptyset", r"x\in[1,2]", r"2\mathbf{i}", r"\sqrt[4]{7}", r"\frac{9}{2}a", r"p-3"),
@@ -158,7 +158,14 @@ MATH_LIKE = (
 def test_numbers_inside_of_references_are_not_paid(bundle_name):
     """Whatever digits a reference has in it, only what denotes the reference gets the score for a right answer."""
     assert len(MATH_LIKE) >= 60
-    same = {r"12\%": {"12"}, "x=5": {"5"}, "1011_2": {"1011"}, r"45^\circ": {"45"}, r"90^{\circ}": {"90"}}
+    same = {
+        r"12\%": {"12"},
+        "x=5": {"5"},
+        "1011_2": {"1011"},
+        "9_{16}": {"9"},
+        r"45^\circ": {"45"},
+        r"90^{\circ}": {"90"},
+    }
     bundle = BUNDLES[bundle_name]()
     reward = bundle[bundle.names.index("correctness_reward_func")]
     for reference in MATH_LIKE:
