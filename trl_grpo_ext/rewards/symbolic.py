@@ -30,6 +30,7 @@ WHOLE_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})", re.ASCII)
 BASE = re.compile(r"[0-9A-Za-z]_\{?\s*([0-9]+)\s*\}?\s*\$?\Z", re.ASCII)
 # On the left of an equation: it says more than what something is called, and its right side does not stand for it.
 OPERATION = re.compile(r"[+*/^]|(?<=[^\s<>!])\s*-|\\[dt]?frac|\\cdot|\\times|\\sqrt")
+VECTOR = re.compile(r"\\(?:mathbf|boldsymbol|vec|hat)\s*\{?\s*\\?([A-Za-z])", re.ASCII)
 LATEX_AROUND = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"))
 VERIFIER = f"{__name__}:make_verifier"
 
@@ -235,8 +236,10 @@ def verify_pair(pair: Sequence[str]) -> bool | None:
 
 
 def _overlooked(answer: str, reference: str) -> bool:
-    """Whether texts differ in what math-verify does not look at: bases, the left side of an equation, "thousand"."""
+    """Whether texts differ in what math-verify overlooks: bases, left sides of equations, "thousand", unit vectors."""
     if _multipliers(answer) != _multipliers(reference):
+        return True
+    if set(VECTOR.findall(reference)) - set(re.findall(r"[A-Za-z]", answer)):  # 2 for 2i
         return True
     if _base(answer) not in (None, _base(reference)):
         return True
