@@ -10,9 +10,9 @@ they had from step 200 on, when caches are full: memory may be 5 % more, threads
 may take 5 % longer. Prints a table, writes `long_run.json` and `long_run.png` into the output folder beside the run's
 own, and ends with status 1 if something has grown.
 
-The learning rate is a hundredth of the recipe's unless it is given: a policy that learns writes other lengths and
-leaves other rows out, and memory and time of a step follow it. Other work on the machine makes step times worthless,
-and nothing else: processor time, which is printed beside them, suffers less from it.
+The learning rate is next to nothing unless it is given: a policy that learns writes other lengths and leaves other
+rows out, and memory and time of a step follow it. Other work on the machine makes step times worthless, and nothing
+else: processor time, which is printed beside them, suffers less from it.
 """
 
 import argparse
@@ -40,9 +40,9 @@ from trl_grpo_ext.versions import installed_versions
 
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "gsm8k.py"
-LEARNING_RATE = "2e-6"
+LEARNING_RATE = "1e-7"
 # Steps over which the two figures are taken that are compared.
-WINDOW_STEPS = 50
+WINDOW_STEPS = 100
 MIB = 2**20
 
 
@@ -61,8 +61,8 @@ class Sample:
             How many there are; sockets and pipes are files too.
         processor_s (`float`):
             Processor time since they began.
-        step (`int`, *optional*):
-            The last optimizer step that was done by then; `None` before and after training.
+        step (`int`):
+            The last optimizer step that was done by then; 0 until that is known.
     """
 
     time: float
@@ -72,7 +72,7 @@ class Sample:
     files: int
     processes: int
     processor_s: float
-    step: int | None = None
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -174,39 +174,38 @@ def judge(
     Raises:
         ValueError: If there are too few steps, or samples, behind the first step.
     """
-    seen = [(sample.step, sample) for sample in samples if sample.step is not None and sample.step >= first_step]
+    seen = [sample for sample in samples if sample.step >= first_step]
     timed = [batch.seconds for batch in batches if batch.step > first_step]
     last_step = batches[-1].step if batches else 0
     window = min(WINDOW_STEPS, (last_step - first_step) // 4)
-    early = [sample for step, sample in seen if step <= first_step + window]
-    late = [sample for step, sample in seen if step >= last_step - window]
-    quarter = len(timed) // 4
-    if window < 1 or quarter < 1 or not early or not late:
+    early = [sample for sample in seen if sample.step <= first_step + window]
+    late = [sample for sample in seen if sample.step >= last_step - window]
+    of_seen, of_timed = len(seen) // 4, len(timed) // 4
+    if min(window, of_seen, of_timed, len(early), len(late)) < 1:
         raise ValueError(
             f"{len(seen)} looks at {max(last_step - first_step, 0)} steps behind step {first_step} are too few to "
             "compare their beginning with their end: give more --steps, or a smaller --every_s"
         )
 
-    def compare(quantity: str, value: Callable[[Sample], float], allowed: float) -> Verdict:
-        of_early, of_late = (statistics.median(map(value, group)) for group in (early, late))
-        return Verdict(quantity, of_early, of_late, allowed)
+    def of(value: Callable[[Sample], float]) -> tuple[float, float]:
+        return statistics.median(map(value, early)), statistics.median(map(value, late))
 
-    processor = [_processor_time([sample for _, sample in part]) for part in (seen[: len(seen) // 4 + 1], seen[-len(seen) // 4 :])]
-    return [
-        compare("memory, MiB", lambda sample: sample.resident_bytes / MIB, memory),
-        compare("memory without files, MiB", lambda sample: sample.allocated_bytes / MIB, memory),
-        compare("threads", lambda sample: sample.threads, 0.0),
-        compare("open files", lambda sample: sample.files, 0.0),
-        compare("processes", lambda sample: sample.processes, 0.0),
-        Verdict("seconds a step", statistics.median(timed[:quarter]), statistics.median(timed[-quarter:]), step_time),
-        Verdict("processor time a step, s", *processor, None),
+    step_seconds = statistics.median(timed[:of_timed]), statistics.median(timed[-of_timed:])
+    processor_seconds = _processor_time(seen[: of_seen + 1]), _processor_time(seen[-of_seen - 1 :])
+    compared: list[tuple[str, tuple[float, float], float | None]] = [
+        ("memory, MiB", of(lambda sample: sample.resident_bytes / MIB), memory),
+        ("memory without files, MiB", of(lambda sample: sample.allocated_bytes / MIB), memory),
+        ("threads", of(lambda sample: sample.threads), 0.0),
+        ("open files", of(lambda sample: sample.files), 0.0),
+        ("processes", of(lambda sample: sample.processes), 0.0),
+        ("seconds a step", step_seconds, step_time),
+        ("processor time a step, s", processor_seconds, None),
     ]
+    return [Verdict(quantity, *before_and_after, allowed) for quantity, before_and_after, allowed in compared]
 
 
 def _processor_time(samples: Sequence[Sample]) -> float:
     first, last = samples[0], samples[-1]
-    assert first.step is not None
-    assert last.step is not None
     return (last.processor_s - first.processor_s) / max(last.step - first.step, 1)
 
 
@@ -282,9 +281,7 @@ def main(argv: list[str]) -> None:
     try:
         run = read_record(of_run)
         samples, batches = in_training(samples, run), batches_of(run)
-        verdicts = judge(
-            samples, batches, first_step=args.first_step, memory=args.memory, step_time=args.step_time
-        )
+        verdicts = judge(samples, batches, first_step=args.first_step, memory=args.memory, step_time=args.step_time)
     except (RecordError, ValueError) as error:
         stop(1, error)
     show(verdicts, args.first_step)
