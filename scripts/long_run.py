@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from trl_grpo_ext.cli.launch import children, signals_passed_on
+from trl_grpo_ext.cli.launch import children, end_as, signals_passed_on
 from trl_grpo_ext.exits import stop
 from trl_grpo_ext.report.record import RecordError, Run, read_record
 from trl_grpo_ext.versions import installed_versions
@@ -277,7 +277,7 @@ def main(argv: list[str]) -> None:
         [*command, "--max_steps", str(args.steps), "--output_dir", str(of_run), *of_recipe], args.every_s
     )
     if status != 0:
-        sys.exit(status)
+        end_as(status, process="the launcher")
     try:
         run = read_record(of_run)
         samples, batches = in_training(samples, run), batches_of(run)

@@ -539,6 +539,16 @@ def test_a_long_run_in_which_little_was_seen(long_run):
             long_run.judge(*seen, first_step=200, memory=0.05, step_time=0.05)
 
 
+def test_options_of_a_long_run(long_run, capsys):
+    args, of_recipe = long_run.parse(["--steps", "600", "--save_steps", "20", "--config=some.yaml"])
+    assert (args.steps, args.first_step) == (600, 200)
+    assert of_recipe == ["--save_steps", "20", "--config=some.yaml"]
+    for wrong in (["--steps", "203"], ["--steps", "many"], ["--first_step", "0"], ["--every_s", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            long_run.parse(wrong)
+        assert wrong[0] in capsys.readouterr().err
+
+
 def test_what_is_seen_before_and_behind_training_does_not_count(long_run):
     run = made_up_run(steps=6)  # a step a second, from 1001 on, and two steps a generation
     samples = [replace(long_run_seen(long_run)[0][0], time=time, step=0) for time in (999.0, 1001.5, 1004.0, 1006.5)]
