@@ -24,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer, RunRecordCallback
 from trl_grpo_ext.report import callback as module
+from trl_grpo_ext.report import windows
 from trl_grpo_ext.report.record import RECORD_FILE, read_record
 from trl_grpo_ext.rewards.text import conversation_to_text
 from trl_grpo_ext.runs import RunError
@@ -373,11 +374,13 @@ def test_a_problem_that_comes_again_is_seen_again(policy, tmp_path):
 def test_a_long_run_does_not_fill_memory(policy, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MOST_IN_MEMORY", 6)
     monkeypatch.setattr(module, "TEXTS_IN_MEMORY", 1)
+    monkeypatch.setattr(windows, "LOOK_BACK", 1)
     done = train(tmp_path, policy, max_steps=20, num_iterations=1)
     (callback,) = [item for item in done.trainer.callback_handler.callbacks if isinstance(item, RunRecordCallback)]
     run = callback.run
     assert max(len(run.steps), len(run.generations), len(run.logs)) <= 7
     assert [step.step for step in run.steps][-2:] == [19, 20]
+    assert run.steps[0].step == 1
     assert sum(bool(generation.samples) for generation in run.generations) == 1
     assert len(read_record(tmp_path).steps) == 20  # the file has all
 

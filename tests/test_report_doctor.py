@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from trl_grpo_ext.report.generations import (
 )
 from trl_grpo_ext.report.record import FindingEvent, Generation, Log, Run, Sample, Step
 from trl_grpo_ext.report.watch import LOOKS_TO_WITHDRAW, Watch
+from trl_grpo_ext.report.windows import LOOK_BACK, thinned
 
 
 GUIDE = Path(__file__).resolve().parent.parent / "recipes" / "guides" / "doctor.md"
@@ -319,6 +321,26 @@ def test_the_settings_of_a_quickstart_whose_model_thinks_are_named_by_step_five(
     assert "max_completion_length=256" in said[0]["message"]
     assert said[0]["step"] <= 5
     assert [finding.rule for finding in diagnose(run)] == ["truncated-completions"]  # and nothing that follows from it
+
+
+def test_a_run_that_is_thinned_out_keeps_its_beginning():
+    """Rules compare it with the end, however long the run is."""
+    steps, longest = [], 0
+    for number in range(1, 20_001):
+        steps = thinned([*steps, Step(number, float(number), {}, {})], 5 * LOOK_BACK)
+        longest = max(longest, len(steps))
+    kept = [step.step for step in steps]
+    assert longest <= 5 * LOOK_BACK
+    assert kept[:LOOK_BACK] == list(range(1, LOOK_BACK + 1))
+    assert kept[-LOOK_BACK:] == list(range(20_001 - LOOK_BACK, 20_001))
+    # of the rest so many that no part of it is missing
+    assert max(later - earlier for earlier, later in pairwise(kept)) < 1000
+
+
+def test_a_run_that_is_read_from_a_long_record_is_thinned_out_at_once():
+    steps = [Step(number, float(number), {}, {}) for number in range(1, 20_001)]
+    assert 2 * LOOK_BACK < len(thinned(steps, 5 * LOOK_BACK)) <= 5 * LOOK_BACK // 2
+    assert thinned(steps[:1000], 5 * LOOK_BACK) == steps[:1000]
 
 
 def test_truncation_with_the_cut_ones_masked_says_what_that_does():

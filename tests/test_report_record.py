@@ -25,6 +25,19 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     assert run.unreadable_lines == 0
 
 
+def test_names_are_in_memory_once(tmp_path):
+    """A long run has thousands of steps, all with the same names."""
+    run = read_record(write_record(tmp_path / "run", steps=6))
+    for first, second in (
+        (run.steps[0].metrics, run.steps[1].metrics),
+        (run.steps[0].seconds, run.steps[1].seconds),
+        (run.logs[0].logs, run.logs[1].logs),
+        (run.generations[0].statistics.rewards, run.generations[1].statistics.rewards),
+    ):
+        assert first
+        assert {id(name) for name in first} == {id(name) for name in second}
+
+
 def test_a_run_that_was_killed_in_the_middle_of_a_line(tmp_path):
     folder = write_record(tmp_path, made_up_events(steps=6)[:-1])
     whole = read_record(folder)

@@ -14,6 +14,7 @@ import torch
 import trl.trainer.grpo_trainer
 import yaml
 from launch import load_script, run_to_the_end, warm_python
+from records import made_up_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -506,6 +507,106 @@ def test_learning_curve(tmp_path):
 @pytest.fixture
 def check_gpu():
     return load("check_gpu.py")
+
+
+@pytest.fixture(scope="module")
+def long_run():
+    return load("long_run.py")
+
+
+def long_run_seen(long_run, steps=400, **growth):
+    """A run's samples and batches that are always the same, but for what grows by so much a step."""
+    each = {"resident_bytes": 700 * 2**20, "allocated_bytes": 500 * 2**20, "threads": 10, "files": 5, "processes": 1}
+    samples = [
+        long_run.Sample(
+            time=float(step),
+            processor_s=0.3 * step,
+            step=step,
+            **{name: int(value + growth.get(name, 0) * step) for name, value in each.items()},
+        )
+        for step in range(1, steps)
+    ]
+    seconds = growth.get("seconds", 0)
+    return samples, [long_run.Batch(step, 0.3 + seconds * step) for step in range(2, steps + 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("growth", "grown"),
+    [
+        ({}, []),
+        # what would be 4 % from the first step to the last is no leak; 6 % is
+        ({"resident_bytes": 0.04 * 700 * 2**20 / 200, "allocated_bytes": 0.04 * 500 * 2**20 / 200}, []),
+        ({"resident_bytes": 0.10 * 700 * 2**20 / 200}, ["memory, MiB"]),
+        ({"allocated_bytes": 0.10 * 500 * 2**20 / 200}, ["memory without files, MiB"]),
+        ({"threads": 0.02}, ["threads"]),
+        ({"files": 0.02}, ["open files"]),
+        ({"processes": 0.02}, ["processes"]),
+        ({"processes": -0.001}, []),
+        ({"seconds": 0.1 * 0.3 / 200}, ["seconds a step"]),
+        ({"seconds": 0.02 * 0.3 / 200}, []),
+    ],
+)
+def test_what_grows_in_a_long_run(growth, grown, long_run):
+    verdicts = long_run.judge(*long_run_seen(long_run, **growth), first_step=200, memory=0.05, step_time=0.05)
+    assert [verdict.quantity for verdict in verdicts if not verdict.holds] == grown
+
+
+def test_a_long_run_in_which_little_was_seen(long_run):
+    samples, batches = long_run_seen(long_run)
+    for seen in ((samples[:200], batches), (samples, batches[:101]), ([], []), (samples[::150], batches)):
+        with pytest.raises(ValueError, match="every_s"):
+            long_run.judge(*seen, first_step=200, memory=0.05, step_time=0.05)
+
+
+def test_options_of_a_long_run(long_run, capsys):
+    args, of_recipe = long_run.parse(["--steps", "600", "--save_steps", "20", "--config=some.yaml"])
+    assert (args.steps, args.first_step) == (600, 200)
+    assert of_recipe == ["--save_steps", "20", "--config=some.yaml"]
+    for wrong in (["--steps", "203"], ["--steps", "many"], ["--first_step", "0"], ["--every_s", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            long_run.parse(wrong)
+        assert wrong[0] in capsys.readouterr().err
+
+
+def test_what_is_seen_before_and_behind_training_does_not_count(long_run):
+    run = made_up_run(steps=6)  # a step a second, from 1001 on, and two steps a generation
+    samples = [replace(long_run_seen(long_run)[0][0], time=time, step=0) for time in (999.0, 1001.5, 1004.0, 1006.5)]
+    assert [(sample.time, sample.step) for sample in long_run.in_training(samples, run)] == [(1001.5, 1), (1004.0, 3)]
+    batches = long_run.batches_of(run)
+    assert [batch.step for batch in batches] == [2, 4, 6]
+    assert batches[0].seconds == pytest.approx(0.3 + 0.01 + 0.5 + 0.02)
+
+
+@pytest.mark.slow
+def test_a_long_run_whose_reward_leaks(tmp_path, monkeypatch):
+    (tmp_path / "leaks.py").write_text(
+        "import os, threading\n"
+        "from trl_grpo_ext.rewards import gsm8k_bundle\n"
+        "kept = []\n"
+        "def leak(completions, **columns):\n"
+        "    waits = threading.Thread(target=threading.Event().wait, daemon=True)\n"
+        "    waits.start()\n"
+        "    kept.append((bytes([len(kept) + 1]) * 2**24, open(os.devnull), waits))\n"
+        "    return [0.0] * len(completions)\n"
+        "rewards = gsm8k_bundle() + [leak]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    settings = {"per_device_train_batch_size": 16, "max_completion_length": 32, "eval_items": 1, "eval_samples": 0}
+    of_recipe = [text for name, value in settings.items() for text in (f"--{name}", value)]
+    of_script = ["--steps", 32, "--first_step", 8, "--every_s", 0.05, "--output_dir", tmp_path / "out"]
+    result = run("long_run.py", *of_script, *of_recipe, "--bundle", "leaks.rewards")
+    assert result.returncode == 1, result.stderr[-3000:]
+    assert (tmp_path / "out" / "long_run.png").stat().st_size > 0
+    found = json.loads((tmp_path / "out" / "long_run.json").read_text())
+    verdicts = {verdict["quantity"]: verdict for verdict in found["verdicts"]}
+    for quantity in ("memory, MiB", "memory without files, MiB", "threads", "open files"):
+        assert not verdicts[quantity]["holds"], verdicts
+    assert verdicts["processes"]["holds"]
+    assert (verdicts["processes"]["before"], verdicts["processes"]["after"]) == (1, 1)
+    leaked = verdicts["threads"]["after"] - verdicts["threads"]["before"]
+    assert 3 <= leaked <= 12  # of the 12 generations from step 8 on, but for both windows
+    assert verdicts["open files"]["after"] - verdicts["open files"]["before"] == pytest.approx(leaked, abs=1)
+    assert str(tmp_path) not in json.dumps(found)
 
 
 @pytest.mark.slow

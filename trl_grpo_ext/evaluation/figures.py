@@ -327,7 +327,7 @@ def _vote(answer: Answer, convention: str) -> Any:
     return None if text in (None, INVALID) else _class_of(text)
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=10_000)  # it lives as long as a training, whose policy may write ever new texts
 def _class_of(text: str) -> Any:
     number = parse_answer_number(text)
     return text if number is None else number

@@ -36,6 +36,7 @@ from .doctor import PROBLEM
 from .generations import RewardAbout, generation_statistics
 from .record import RECORD_FILE, RecordError, Run, Sample, read_record, shortened, to_line
 from .watch import Watch
+from .windows import thinned
 
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ doctors_logger = logging.getLogger(Watch.__module__)
 MOST_SAMPLES = 16
 # Of which problems it is remembered that completions of them are kept, so that they are seen again later.
 MOST_PROMPTS_KNOWN = 200
-# In memory: of so many steps, generations and logs the older half is thinned out beyond this, and texts of completions
-# are those of so many generations.
-MOST_IN_MEMORY, TEXTS_IN_MEMORY = 4000, 5
+# In memory: steps, generations and logs are thinned out beyond so many of each, and texts of completions are those of
+# so many generations.
+MOST_IN_MEMORY, TEXTS_IN_MEMORY = 1200, 5
 # What a reward function that extracts answers gives to TRL's `log_extra`.
 EXTRACTED = "extracted_answer"
 # What the trainer logs that is no step's: figures of evaluations, and of the training as a whole.
@@ -439,9 +440,9 @@ class RunRecordCallback(TrainerCallback):
 
     def _thin_out(self) -> None:
         run = self.run
-        for items in (run.steps, run.generations, run.logs):
-            if len(items) > MOST_IN_MEMORY:
-                del items[: len(items) // 2 : 2]
+        run.steps = thinned(run.steps, MOST_IN_MEMORY)
+        run.generations = thinned(run.generations, MOST_IN_MEMORY)
+        run.logs = thinned(run.logs, MOST_IN_MEMORY)
         with_texts = [i for i, generation in enumerate(run.generations) if generation.samples]
         for i in with_texts[:-TEXTS_IN_MEMORY]:
             run.generations[i] = replace(run.generations[i], samples=())

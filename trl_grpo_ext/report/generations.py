@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -130,7 +131,7 @@ class GenerationStatistics:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "GenerationStatistics":
         """From what [`to_dict`] gives; raises `TypeError` or `KeyError` for anything else."""
-        rewards = {name: checked(RewardStatistics(**found)) for name, found in content["rewards"].items()}
+        rewards = {sys.intern(name): checked(RewardStatistics(**found)) for name, found in content["rewards"].items()}
         return checked(cls(**{**content, "rewards": rewards}))
 
 

@@ -21,6 +21,7 @@ not count any more; a run that starts afresh begins a new file. Reading imports 
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -219,7 +220,7 @@ class Run:
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {
-        name: float(value)
+        sys.intern(name): float(value)  # a name is in memory once, and not at each step anew
         for name, value in values.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }

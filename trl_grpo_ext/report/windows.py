@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .generations import RewardAbout, RewardStatistics
 from .record import Generation, Log, Run, Sample, Step
@@ -14,6 +15,33 @@ from .record import Generation, Log, Run, Sample, Step
 LOOK_BACK = 240
 
 Series = list[tuple[int, float]]
+Item = TypeVar("Item", Step, Generation, Log)
+
+
+def thinned(items: list[Item], most: int) -> list[Item]:
+    """A run's steps, generations or logs, of many a part: all at which rules look, and some between them.
+
+    Args:
+        items (`list`):
+            In their order.
+        most (`int`):
+            Up to so many all are kept; of more at most half as many, so that it is rarely done. At least five times
+            `LOOK_BACK`.
+
+    Returns:
+        `list`:
+            The first and the last `LOOK_BACK`, and those between them that lie evenly far apart, counted in steps.
+    """
+    if len(items) <= most:
+        return items
+    first, between, last = items[:LOOK_BACK], items[LOOK_BACK:-LOOK_BACK], items[-LOOK_BACK:]
+    distance = (last[0].step - first[-1].step) / (most // 2 - 2 * LOOK_BACK)
+    kept, next_step = first, first[-1].step + distance
+    for item in between:
+        if item.step >= next_step:
+            kept.append(item)
+            next_step = item.step + distance
+    return kept + last
 
 
 def latest(run: Run, name: str, count: int) -> Series:
