@@ -6,6 +6,7 @@ import math
 import random
 from collections import deque
 from inspect import unwrap
+from pathlib import Path
 
 import numpy
 import pytest
@@ -428,3 +429,52 @@ def test_what_is_known_of_recurrent_models_and_parameters_in_parts():
     assert not compat.holds_parts_of_parameters(model)
     model.lm_head.weight.ds_id = 0  # as DeepSpeed numbers them under ZeRO-3
     assert compat.holds_parts_of_parameters(model)
+
+
+# What is said of another release
+
+
+class Minimal(GRPOExtTrainer):
+    """Made with nothing: what is looked at before is what these tests are about."""
+
+
+@pytest.mark.parametrize("seam", compat.SEAMS)
+def test_a_seam_that_has_moved_is_named_before_anything_is_made(seam, monkeypatch, tmp_path):
+    for owner in [cls for cls in GRPOTrainer.__mro__ if seam in vars(cls)]:
+        monkeypatch.delattr(owner, seam)
+    with pytest.raises(compat.IncompatibleReleaseError, match=rf"GRPOTrainer\.{seam} .*pip install 'trl==") as caught:
+        Minimal("no/model", [print_nothing], canned_config(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seam", compat.PLACES)
+def test_a_seam_with_other_arguments_is_named(seam, monkeypatch, tmp_path):
+    monkeypatch.setattr(GRPOTrainer, seam, lambda self, something_else: None)
+    with pytest.raises(compat.IncompatibleReleaseError, match=rf"GRPOTrainer\.{seam} takes something_else"):
+        Minimal("no/model", [print_nothing], canned_config(tmp_path))
+
+
+def test_state_that_is_not_there_is_named(trained):
+    for name in compat.STATE:
+        assert hasattr(trained[0], name)
+    with pytest.raises(compat.IncompatibleReleaseError, match=compat.STATE[0]):
+        compat.check_state(object.__new__(GRPOTrainer))
+
+
+@pytest.mark.parametrize(
+    ("version", "is_said"), [("1.16.9", False), ("1.17.0", True), ("2.0.0.dev0", True), ("1.9.2", False)]
+)
+def test_a_newer_release_is_said_once(version, is_said, monkeypatch, caplog):
+    monkeypatch.setattr(compat.trl, "__version__", version)
+    compat._say_if_untested.cache_clear()
+    with caplog.at_level("WARNING", logger=compat.__name__):
+        for _ in range(2):
+            compat.check_release()
+    compat._say_if_untested.cache_clear()
+    assert len(caplog.records) == is_said
+    assert all(version in record.getMessage() for record in caplog.records)
+
+
+def test_the_tested_release_is_the_one_that_is_installed():
+    constraints = (Path(__file__).parents[1] / "constraints.txt").read_text()
+    assert f"trl=={compat.TESTED_TRL[-1]}." in constraints

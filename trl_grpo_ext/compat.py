@@ -5,6 +5,7 @@ others, and `tests/test_trl_contract.py` holds these against what is installed, 
 with its name.
 """
 
+import logging
 import math
 import random
 import sys
@@ -14,7 +15,7 @@ from copy import copy
 from dataclasses import MISSING, fields
 from datetime import timedelta
 from functools import cache, partial
-from inspect import getattr_static, unwrap
+from inspect import Parameter, getattr_static, signature, unwrap
 from pathlib import Path
 from threading import Lock
 from types import CodeType
@@ -23,6 +24,7 @@ from typing import Any
 import numpy
 import torch
 import trl
+from packaging.version import Version
 from torch import nn
 from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -34,9 +36,15 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
 from trl.trainer import utils as trl_utils
 
+from .exits import is_first_rank
 from .objective import LOSS_TYPES
 from .ranks import is_so_anywhere
 
+
+logger = logging.getLogger(__name__)
+
+# The minors of TRL with which all tests were run.
+TESTED_TRL = ("1.16",)
 
 # Members of TRL's trainer that mixins override, and call through `super()`.
 SEAMS = (
@@ -56,7 +64,77 @@ SEAMS = (
 )
 
 FORWARD = "_get_per_token_logps_and_entropies"
+# With which arguments seams are called here, by place; what else they take is handed on.
+PLACES = {
+    "_calculate_rewards": ("inputs",),
+    "_compute_loss": ("model", "inputs"),
+    "_generate": ("prompts",),
+    "_generate_and_score_completions": ("inputs",),
+    FORWARD: ("model", "input_ids", "attention_mask", "logits_to_keep"),
+    "_prepare_inputs": ("generation_batch",),
+    "_save_checkpoint": ("model", "trial"),
+}
+# What a trainer has when it is made, and is read or written here.
+STATE = ("_buffered_inputs", "_entropy_bonus_enabled", "_logs", "_metrics", "_pending_extra_logs", "_step")
 _TRL_FOLDER, _OWN_FOLDER, _TORCH_FOLDER = (Path(file).parent for file in (trl.__file__, __file__, torch.__file__))
+
+
+class IncompatibleReleaseError(RuntimeError):
+    """The installed TRL, or transformers, has moved something that the mixins need; the message is one line."""
+
+
+def check_release() -> None:
+    """Look at what the mixins need of TRL's trainer before one is made, and say once if this release was not tested.
+
+    It goes by what is there and not by versions: a release that has all of it may work, tested or not.
+
+    Raises:
+        IncompatibleReleaseError: If a seam is missing, or takes other arguments; the message names it and the releases
+            that work.
+    """
+    for name in SEAMS:
+        member = getattr(GRPOTrainer, name, None)
+        if member is None:
+            raise _moved(f"GRPOTrainer.{name} is not there")
+        if name not in PLACES:
+            continue
+        parameters = [*signature(member).parameters.values()][1 : 1 + len(PLACES[name])]
+        places = tuple(parameter.name for parameter in parameters)
+        # as a patch of somebody's does
+        takes_all = any(parameter.kind is Parameter.VAR_POSITIONAL for parameter in parameters)
+        if places != PLACES[name] and not takes_all:
+            raise _moved(f"GRPOTrainer.{name} takes {', '.join(places)} and not {', '.join(PLACES[name])}")
+    _say_if_untested()
+
+
+def check_state(trainer: GRPOTrainer) -> None:
+    """Look at what the mixins need of a trainer that was made.
+
+    Raises:
+        IncompatibleReleaseError: If something is missing.
+    """
+    for name in STATE:
+        if not hasattr(trainer, name):
+            raise _moved(f"the trainer has no {name}")
+
+
+def _moved(what: str) -> IncompatibleReleaseError:
+    return IncompatibleReleaseError(
+        f"trl_grpo_ext does not work with TRL {trl.__version__}, of which {what}: install a release that does, "
+        f"pip install 'trl=={TESTED_TRL[-1]}.*'"
+    )
+
+
+@cache
+def _say_if_untested() -> None:
+    installed = Version(trl.__version__)
+    if installed.release[:2] > Version(TESTED_TRL[-1]).release and is_first_rank():
+        logger.warning(
+            "TRL %s is newer than %s, the newest that trl_grpo_ext was tested with. What it needs is there; whether "
+            "that still means the same, only tests can tell.",
+            installed,
+            TESTED_TRL[-1],
+        )
 
 
 def step(trainer: GRPOTrainer) -> int:

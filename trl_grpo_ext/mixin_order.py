@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from trl import GRPOTrainer
 
+from . import compat
+
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as _GRPOTrainer
@@ -21,6 +23,7 @@ class OrderedMixin(_GRPOTrainer):
 
     Raises:
         TypeError: When a class is made in which the mixins stand in another order, or behind `GRPOTrainer`.
+        IncompatibleReleaseError: When a trainer is made with a TRL that has moved what the mixins need.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -33,6 +36,11 @@ class OrderedMixin(_GRPOTrainer):
                 f"{cls.__name__} has its bases in an order in which not all of them work ({', '.join(places)}): write "
                 f"`class {cls.__name__}({bases})`, where YourTrainer is GRPOTrainer or your subclass of it"
             )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        compat.check_release()
+        super().__init__(*args, **kwargs)
+        compat.check_state(self)
 
 
 def _name_of_mixin(base: type) -> str | None:
