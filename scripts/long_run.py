@@ -42,8 +42,8 @@ from trl_grpo_ext.versions import installed_versions
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "gsm8k.py"
 LEARNING_RATE = "1e-7"
-# What glibc's two thresholds become by themselves in the end: when tensors are freed that are larger than any before, it
-# keeps more of what is freed, up to 64 MiB. In a run that may be at any step, and would look like a leak.
+# What two thresholds of glibc become by themselves in the end: when a tensor is freed that is larger than any before,
+# it keeps more of what is freed from then on, up to 64 MiB. That may be at any step, and would look like a leak.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
 # Steps over which the two figures are taken that are compared.
 WINDOW_STEPS = 100
