@@ -15,21 +15,27 @@ from trl_grpo_ext.rewards import (
     extract_last_number,
     get_correctness_reward,
     get_format_reward,
+    get_hardened_format_reward,
     get_int_reward,
     get_soft_format_reward,
     get_strict_format_reward,
     gsm8k_bundle,
     numerically_equal,
+    parse_answer_number,
     parse_number,
     parse_plain_number,
     tag_bundle,
 )
+from trl_grpo_ext.rewards.numbers import MAX_ANSWER_LENGTH
 
 
 REWARDS = [
     *gsm8k_bundle(),
     *gsm8k_bundle(as_in_notebooks=True)[:-1],
     *tag_bundle().select("format_reward_func"),
+    get_hardened_format_reward(),
+    get_hardened_format_reward(max_chars=10**9, max_answer_chars=10**9, name="hardened_long"),
+    get_correctness_reward(numeric="seed", name="correctness_of_seeds"),
     exact_correctness_reward_func,
     get_soft_format_reward(exactly_once=True, name="soft_once"),
 ]
@@ -76,7 +82,8 @@ def test_every_reward_scores_every_text(rows):
 def test_numbers_never_raise(a, b):
     assert numerically_equal(a, b) in (True, False)
     assert numerically_equal(a, b) == numerically_equal(b, a)
-    assert parse_plain_number(a) is None or parse_plain_number(a) == parse_number(a)
+    assert parse_plain_number(a) is None or parse_answer_number(a) in (None, parse_plain_number(a))
+    parse_number(a)
     extract_last_number(a)
 
 
@@ -112,6 +119,20 @@ HOSTILE = {
     "bare boxes": lambda size: "\\boxed  " * (size // 8),
     "overlapping tags": lambda size: "\n<answer>\n" + "\n</answer>" * (size // 10) + "\n",
     "backslashes": lambda size: "<answer>" + "\\" * size + "</answer>",
+    "spaced thousands": lambda size: "<answer>1" + " 000" * (size // 4) + " 00</answer>",
+    "runs of spaced thousands": lambda size: "<answer>" + "1 000 0, " * (size // 9) + "</answer>",
+    "spaces of LaTeX": lambda size: "<answer>1" + r"\,000" * (size // 5) + "x</answer>",
+    "Indian thousands": lambda size: "<answer>1" + ",11" * (size // 3) + ",1</answer>",
+    "mixed numbers": lambda size: "<answer>" + "1 1/" * (size // 4) + "</answer>",
+    "a long mixed number": lambda size: "<answer>" + "1" * (size // 2) + " " + "1" * (size // 2) + "/2</answer>",
+    "short fractions": lambda size: "<answer>" + r"1\frac12" * (size // 8) + "</answer>",
+    "equations": lambda size: "<answer>" + "1=" * (size // 2) + "1</answer>",
+    "relations": lambda size: "<answer>" + "!  " * (size // 3) + "=1</answer>",
+    "minuses in words": lambda size: "<answer>" + "minus " * (size // 6) + "5</answer>",
+    "denials": lambda size: "<answer>" + "not " * (size // 4) + "5</answer>",
+    "parts": lambda size: "<answer>5" + " and a " * (size // 7) + "</answer>",
+    "tags of all names": lambda size: "<reasoning>" + "<a" * (size // 2) + "</reasoning><answer>1</answer>",
+    "boxes in the reasoning": lambda size: "<reasoning>" + "\\boxed" * (size // 6) + "x</reasoning><answer>1</answer>",
     "words": lambda size: "<answer>" + "word " * (size // 5) + "</answer>",
 }
 HOSTILE_TO_OTHER_FORMATS = {
@@ -171,3 +192,12 @@ def test_importing_the_rewards_imports_no_torch():
         "assert not {'torch', 'transformers', 'trl', 'datasets', 'numpy'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_numbers_are_read_quickly_up_to_the_longest_answer(kind):
+    """Beyond it no number is looked for, so that the time above says nothing about what reads them."""
+    text = HOSTILE[kind](MAX_ANSWER_LENGTH - 40).removeprefix("<answer>").removesuffix("</answer>")
+    assert len(text) <= MAX_ANSWER_LENGTH
+    assert seconds(parse_answer_number, text) < 0.02
+    assert seconds(parse_plain_number, text) < 0.02

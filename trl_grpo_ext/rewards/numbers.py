@@ -20,6 +20,8 @@ from .references import number_to_text
 # Beyond these a text is not taken for a number: exact arithmetic on a million digits is what a hostile answer wants.
 MAX_DIGITS = 1000
 MAX_EXPONENT = 1000
+# No answer is as long as this; that of a longer one is not looked for.
+MAX_ANSWER_LENGTH = 10_000
 
 # What else a minus and a thousands comma are written as: hyphens and dashes, and LaTeX's and typographers' spaces.
 _MINUSES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"))
@@ -163,7 +165,7 @@ def parse_answer_number(text: str | None) -> Fraction | None:
         `Fraction` or `None`:
             The number, within the bounds of [`parse_number`]. Never raises, and takes linear time.
     """
-    if text is None:
+    if text is None or len(text) > MAX_ANSWER_LENGTH:
         return None
     *left_sides, text = _as_plain_digits(text).split("=")
     if left_sides and not _is_one_equation(left_sides):
@@ -256,6 +258,8 @@ def parse_plain_number(text: str) -> Fraction | None:
     for opening, closing in LATEX_WRAPPERS * 2:
         if len(text) > len(opening) and text.startswith(opening) and text.endswith(closing):
             text = text[len(opening) : -len(closing)].strip()
+    if len(text) > MAX_ANSWER_LENGTH:
+        return None
     match = PLAIN_NUMBER.fullmatch(_as_plain_digits(text))
     return None if match is None else _match_to_fraction(match)
 

@@ -16,15 +16,13 @@ from ._base import Tag, check_score
 from .correctness import AnswerReward, check_numeric, is_same_number
 from .extract import extract_boxed_answer
 from .extractors import AnswerExtractor
-from .numbers import MULTIPLIERS, WORD
+from .numbers import MAX_ANSWER_LENGTH, MULTIPLIERS, WORD
 from .references import reference_to_text
 from .worker_pool import check_pool_options, shared_pool
 
 
 # The share of completions with a reference that could not be scored, as a metric.
 UNSCORED = "rewards/unscored"
-# No answer is as long as this; that of a longer one is not looked for.
-MAX_ANSWER_LENGTH = 10_000
 # Numbers that are the same only if they are written alike.
 WHOLE_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})", re.ASCII)
 BASE = re.compile(r"[0-9A-Za-z]_\{?\s*([0-9]+)\s*\}?\s*\$?\Z", re.ASCII)
