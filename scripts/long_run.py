@@ -17,7 +17,6 @@ else: processor time, which is printed beside them, suffers less from it.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -42,9 +41,6 @@ from trl_grpo_ext.versions import installed_versions
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "gsm8k.py"
 LEARNING_RATE = "1e-7"
-# What glibc's two thresholds become by themselves in the end: when tensors are freed that are larger than any before,
-# it keeps more of what is freed, up to 64 MiB. In a run that may be at any step, and would look like a leak.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
 # Steps over which the two figures are taken that are compared.
 WINDOW_STEPS = 100
 MIB = 2**20
@@ -132,7 +128,7 @@ def watch(command: Sequence[str], every_s: float) -> tuple[int, list[Sample]]:
     """Run a command, and look at its processes until it ends; returns its exit status, and what was seen."""
     samples = []
     others = children()
-    with signals_passed_on(others), subprocess.Popen(command, env={**ALLOCATOR, **os.environ}) as process:
+    with signals_passed_on(others), subprocess.Popen(command) as process:
         launcher = psutil.Process(process.pid)
         while process.poll() is None:
             sample = look_at(launcher)
