@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there; the newest whole one is found."""
 
+import ctypes
 import json
 import os
 import resource
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import psutil
 import pytest
 from canned import assert_same_weights, canned_config, train_canned
 from transformers import TrainerCallback
@@ -259,6 +261,32 @@ def test_checkpoints_note_their_run(policy, tmp_path):
     assert read_run(tmp_path / "checkpoint-1") == Noted.run_record
     assert RUN_FILE in json.loads((tmp_path / "checkpoint-1" / MANIFEST).read_text())["files"]
     assert not (tmp_path / EARLIER).exists()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="a C library that keeps what is freed")
+def test_what_is_freed_is_given_back_with_each_checkpoint(policy, tmp_path):
+    """What is freed between things that stay does not take up memory for ever."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    size, count = 2**16, 1600  # 100 MiB
+    resident, staying = [], []
+
+    class Fragments(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            places = [libc.malloc(size) for _ in range(count)]
+            for place in places:
+                ctypes.memset(place, 1, size)
+            staying.extend(places[::16])
+            for index, place in enumerate(places):
+                if index % 16:
+                    libc.free(place)
+            resident.append(psutil.Process().memory_info().rss)
+
+    train(policy, tmp_path, callbacks=[Fragments()], max_steps=1, num_iterations=1)
+    resident.append(psutil.Process().memory_info().rss)
+    for place in staying:
+        libc.free(place)
+    assert resident[0] - resident[1] > size * count / 2
 
 
 def test_limit_and_best_checkpoint(policy, tmp_path):
