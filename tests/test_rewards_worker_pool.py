@@ -19,6 +19,7 @@ SCRIPT = """
 import os, signal, sys
 from trl_grpo_ext.rewards.worker_pool import WorkerPool
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where the tests run in the background
 how, marker = sys.argv[1:]
 pool = WorkerPool("pool_tasks:do", timeout_s=3600, workers=2)
 assert [outcome.value for outcome in pool.map([1, 2, 3])] == [1, 2, 3]
@@ -227,10 +228,13 @@ def run_script(how: str, marker: Path) -> subprocess.Popen:
 def test_nothing_is_left_of_a_process_that_is_killed(tmp_path, number):
     """While one worker hangs in C code and another sleeps."""
     process = run_script("hang", tmp_path / "marker")
-    wait_until((tmp_path / "marker").exists)
-    assert len(workers_of(process.pid)) == 2
-    process.send_signal(number)
-    process.communicate(timeout=20)
+    try:
+        wait_until((tmp_path / "marker").exists)
+        assert len(workers_of(process.pid)) == 2
+        process.send_signal(number)
+        process.communicate(timeout=20)
+    finally:
+        process.kill()
     wait_until(lambda: not workers_of(process.pid), seconds=5)
 
 
