@@ -130,6 +130,7 @@ def test_what_is_wrong_is_found(tmp_path):
 OF_OTHER_RUNS = {
     "aux_loss": "a mixture of experts; TRL computes it",
     "gpu/utilization": "an NVIDIA GPU",
+    "rewards/unscored": "a guarded function, or answers as mathematics: `test_trl.py`, `test_rewards_symbolic.py`",
     "tools/call_frequency": "tools: `test_generation_backends.py`, and the page on reward functions",
     "tools/failure_frequency": "tools",
     "update/slowest_rank": "several processes",

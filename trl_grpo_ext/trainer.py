@@ -74,10 +74,11 @@ class GRPOExtTrainer(
         show_rewards_in_notebooks(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as TRL's trainer does; worker processes of rewards that compare mathematics end with it."""
         try:
             return super().train(*args, **kwargs)
         finally:
-            close_workers()  # of rewards that compare answers as mathematics; others are started when they are needed
+            close_workers()  # those that are needed again are started again
 
     def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         rewards: torch.Tensor = super()._calculate_rewards(inputs, *args, **kwargs)
