@@ -85,17 +85,27 @@ class AnswerReward(Reward):
         texts = list(map(reference_to_text, references))
         pairs = [(given, text) for given, text in zip(extracted, texts, strict=True) if text is not None]
         grades = self.grade_batch(pairs)
-        correct = [is_correct for score, is_correct in grades if score is not None]
         # Where there is nothing to compare with: not scored, which is not the same as wrong.
         scores = iter(grades)
         rewards = [None if text is None else next(scores)[0] for text in texts]
-        # Two answer rewards in one bundle must not write into the same column, TRL would append the one to the other.
-        prefix = "" if self.name == "correctness_reward_func" else f"{self.name.removesuffix('_reward_func')}/"
         if log_extra is not None:
-            log_extra(f"{prefix}extracted_answer", extracted)
-        if log_metric is not None and correct:
-            log_metric(f"{prefix}accuracy", sum(correct) / len(correct))
+            log_extra(f"{self._prefix}extracted_answer", extracted)
+        if log_metric is not None:
+            self.log_metrics(grades, log_metric)
         return rewards
+
+    @property
+    def _prefix(self) -> str:
+        """Two answer rewards in one bundle must not write into the same column, TRL would append one to the other."""
+        return "" if self.name == "correctness_reward_func" else f"{self.name.removesuffix('_reward_func')}/"
+
+    def log_metrics(
+        self, grades: Sequence[tuple[float | None, bool]], log_metric: Callable[[str, float], None]
+    ) -> None:
+        """Log what came of the completions that have a reference."""
+        correct = [is_correct for score, is_correct in grades if score is not None]
+        if correct:
+            log_metric(f"{self._prefix}accuracy", sum(correct) / len(correct))
 
     def _references(self, answer: list[Any] | None, columns: dict[str, Any]) -> list[Any]:
         references = answer if self.answer_column == "answer" else columns.get(self.answer_column)

@@ -19,6 +19,7 @@ from ._base import Reward
 from .symbolic import UNSCORED
 from .text import conversation_to_text
 from .worker_pool import WorkerPool
+from .worker_process import describe
 
 
 logger = logging.getLogger(__name__)
@@ -62,9 +63,6 @@ class GuardedReward:
         self.timeout_s, self.on_error, self.isolate = timeout_s, on_error, isolate
         self.memory_limit_mb, self.max_failure_rate = memory_limit_mb, max_failure_rate
         self.__name__ = name
-        self._begin()
-
-    def _begin(self) -> None:
         self._recent: deque[bool] = deque(maxlen=RATE_WINDOW)
         self._told: set[str] = set()
         self._abandoned: list[threading.Thread] = []
@@ -282,7 +280,6 @@ class _Batch:
     def __init__(self, reward: GuardedReward, prompts: Any, completions: Any, columns: dict[str, Any]) -> None:
         if completions is None:
             raise ValueError(f"{reward.__name__}: completions is missing")
-        self.reward = reward
         self.single = {name: columns[name] for name in SINGLE_ARGUMENTS if name in columns}
         rows = {"prompts": prompts, "completions": completions, **columns}
         self.columns = {
@@ -327,7 +324,7 @@ class _Batch:
         except TypeError:
             return _Failure(f"returned a {type(returned).__name__}, which is no list")
         except Exception as error:
-            return _Failure(_in_one_line(error))
+            return _Failure(describe(error))
         if len(values) != len(rows):
             return _Failure(f"returned {len(values)} scores for {len(rows)} completions")
         return [_to_score(value) for value in values]
@@ -347,7 +344,7 @@ class _Batch:
         if "log_extra" in single:
             single["log_extra"] = lambda column, values: self.note_extra(rows, column, values)
         if "log_metric" in single:
-            single["log_metric"] = lambda name, value: self.metrics.setdefault(name, []).append((len(rows), value))
+            single["log_metric"] = lambda name, value: self.note_metric(rows, name, value)
         return {**columns, **single}
 
     def note_extra(self, rows: Sequence[int], column: str, values: Any) -> None:
@@ -358,12 +355,16 @@ class _Batch:
             for row, value in zip(rows, values, strict=True):
                 kept[row] = value
 
+    def note_metric(self, rows: Sequence[int], name: str, value: float) -> None:
+        """The same for a metric of its rows as a whole."""
+        self.metrics.setdefault(name, []).append((len(rows), value))
+
     def log_as_worker(self, rows: Sequence[int], logged: Mapping[str, Any]) -> None:
         """The same for what a call in another process has logged."""
         for column, values in logged["extra"]:
             self.note_extra(rows, column, values)
         for name, value in logged["metrics"]:
-            self.metrics.setdefault(name, []).append((len(rows), value))
+            self.note_metric(rows, name, value)
 
     def log(self, scores: Sequence[float | None]) -> None:
         """Log once for all rows what the calls have logged for theirs, and the share without a score."""
@@ -388,12 +389,13 @@ class _Batch:
 def _caught(reward_func: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     try:
         returned = reward_func(**arguments)
-        return asyncio.run(_given(returned)) if inspect.isawaitable(returned) else returned
+        return asyncio.run(wait_for(returned)) if inspect.isawaitable(returned) else returned
     except Exception as error:
-        return _Failure(_in_one_line(error))
+        return _Failure(describe(error))
 
 
-async def _given(awaitable: Any) -> Any:
+async def wait_for(awaitable: Any) -> Any:
+    """What a coroutine, or anything else that can be awaited, comes to; `asyncio.run` takes coroutines alone."""
     return await awaitable
 
 
@@ -401,15 +403,7 @@ async def _awaited(reward_func: Callable[..., Any], arguments: dict[str, Any]) -
     try:
         return await reward_func(**arguments)
     except Exception as error:
-        return _Failure(_in_one_line(error))
-
-
-def _in_one_line(error: BaseException) -> str:
-    try:
-        text = " ".join(str(error)[:300].split())
-    except Exception:
-        text = ""
-    return f"{type(error).__name__}: {text}".removesuffix(": ")
+        return _Failure(describe(error))
 
 
 def _is_number(value: Any) -> bool:
@@ -461,6 +455,6 @@ def _call_isolated(item: Mapping[str, Any]) -> dict[str, Any]:
         log_metric=lambda metric, value: metrics.append((metric, float(value))),
     )
     if inspect.isawaitable(returned):
-        returned = asyncio.run(_given(returned))
+        returned = asyncio.run(wait_for(returned))
     scores = [score if score is None or isinstance(score, str) else float(score) for score in returned]
     return {"scores": scores, "logged": {"extra": extra, "metrics": metrics}}

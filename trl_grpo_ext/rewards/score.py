@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .bundle import RewardBundle, reward_name
+from .guard import wait_for
 
 
 @dataclass(frozen=True)
@@ -112,17 +113,13 @@ def _call(name: str, reward_func: Any, **columns: Any) -> list[float | None]:
             **columns, trainer_state=None, log_extra=lambda *_, **__: None, log_metric=lambda *_, **__: None
         )
         if inspect.isawaitable(found):
-            found = asyncio.run(_wait_for(found))
+            found = asyncio.run(wait_for(found))
     except Exception as error:  # the reward may be anybody's
         raise ValueError(f"{name} fails on these completions ({type(error).__name__}: {error})") from error
     found = list(found)
     if len(found) != len(columns["completions"]):
         raise ValueError(f"{name} returned {len(found)} scores for {len(columns['completions'])} completions")
     return [_to_score(name, value) for value in found]
-
-
-async def _wait_for(found: Any) -> Any:
-    return await found
 
 
 def _to_score(name: str, value: Any) -> float | None:

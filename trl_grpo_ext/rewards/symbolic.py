@@ -17,7 +17,6 @@ from .correctness import AnswerReward, check_numeric, is_same_number
 from .extract import extract_boxed_answer
 from .extractors import AnswerExtractor
 from .numbers import MAX_ANSWER_LENGTH, MULTIPLIERS, WORD
-from .references import reference_to_text
 from .worker_pool import check_pool_options, shared_pool
 
 
@@ -92,24 +91,11 @@ class MathCorrectnessReward(AnswerReward):
             return None, False
         return None
 
-    def __call__(
-        self,
-        prompts: list[Any] | None = None,
-        completions: list[Any] | None = None,
-        answer: list[Any] | None = None,
-        *,
-        log_extra: Callable[[str, list[Any]], None] | None = None,
-        log_metric: Callable[[str, float], None] | None = None,
-        **columns: Any,
-    ) -> list[float | None]:
-        rewards = super().__call__(prompts, completions, answer, log_extra=log_extra, log_metric=log_metric, **columns)
-        if log_metric is not None:
-            references = self._references(answer, columns)
-            to_score = [
-                score for score, value in zip(rewards, references, strict=True) if reference_to_text(value) is not None
-            ]
-            log_metric(UNSCORED, sum(score is None for score in to_score) / max(1, len(to_score)))
-        return rewards
+    def log_metrics(
+        self, grades: Sequence[tuple[float | None, bool]], log_metric: Callable[[str, float], None]
+    ) -> None:
+        super().log_metrics(grades, log_metric)
+        log_metric(UNSCORED, sum(score is None for score, _ in grades) / max(1, len(grades)))
 
 
 def get_math_correctness_reward(
