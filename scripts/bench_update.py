@@ -40,7 +40,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -93,9 +93,14 @@ class Workload:
     longest_completion: int
     num_generations: int
     num_iterations: int
-    num_prompts: int = 2  # a micro-batch each
+    num_micro_batches: int = 2
+    prompts_per_micro_batch: int = 1
     spread: float = 0.6  # of the logarithm of a completion's length
     dead_share: float = 0.0  # of groups whose rewards are all equal
+
+    @property
+    def num_prompts(self) -> int:
+        return self.num_micro_batches * self.prompts_per_micro_batch
 
     def completion_tokens(self, numbers: random.Random) -> int:
         """Log-normal, as completions of a policy are; cut off at the longest."""
@@ -106,7 +111,7 @@ class Workload:
 WORKLOADS = {
     "gsm8k": Workload((100, 200), 200, 512, num_generations=8, num_iterations=4),
     "half-dead": Workload((100, 200), 200, 512, num_generations=8, num_iterations=4, dead_share=0.5),
-    "long-prompt": Workload((2048, 2048), 100, 256, num_generations=16, num_iterations=2, num_prompts=1),
+    "long-prompt": Workload((2048, 2048), 100, 256, num_generations=16, num_iterations=2, num_micro_batches=1),
     "ragged": Workload((100, 200), 300, 2048, num_generations=8, num_iterations=2, spread=1.0),
 }
 MODELS: dict[str, PretrainedConfig] = {
@@ -176,7 +181,7 @@ TRL_ON_GPUS = {
     "trl, flash_attention_2": Side(GRPOTrainer, attn_implementation="flash_attention_2"),
     "trl, flash_attention_3": Side(GRPOTrainer, attn_implementation="flash_attention_3"),
 }
-# What pays on a GPU alone
+# What pays on a GPU alone; it needs several micro-batches in an optimizer step
 OURS_ON_GPUS = {
     "ours, fuller micro-batches": Side(GRPOExtTrainer, {"shared_prefix": "on", "tokens_per_micro_batch": "auto"}),
 }
@@ -205,6 +210,13 @@ class BenchArguments:
         default="float32", metadata={"help": "Of weights and computation.", "choices": ["float32", "bfloat16"]}
     )
     repeats: int = field(default=3, metadata={"help": "Generation batches of each trainer; the median counts."})
+    prompts_per_micro_batch: int = field(
+        default=1,
+        metadata={
+            "help": "Prompts in a micro-batch, with all their completions. On a GPU a single one of a small model "
+            "takes as long as its kernels take to be launched, whatever they compute."
+        },
+    )
     sampler: str = field(
         default="policy",
         metadata={
@@ -234,9 +246,14 @@ class BenchArguments:
     def on_gpu(self) -> bool:
         return self.device == "cuda"
 
+    def workload(self, name: str) -> Workload:
+        """A workload by its name, with micro-batches as large as they are asked for."""
+        return replace(WORKLOADS[name], prompts_per_micro_batch=self.prompts_per_micro_batch)
+
     def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ValueError(f"--repeats must be at least 1, got {self.repeats}")
+        for name in ("repeats", "prompts_per_micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.sampler_noise < math.inf:
             raise ValueError(f"--sampler_noise must be a number of nats, 0 or more, got {self.sampler_noise}")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -368,10 +385,11 @@ def copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def sides_of(args: BenchArguments) -> dict[str, Side]:
+def sides_of(args: BenchArguments, workload: Workload) -> dict[str, Side]:
     """What takes turns on a device, by name: TRL's trainer, with each attention that is to be had, and then ours."""
     if not args.on_gpu:
         return SIDES
+    ours = {**SIDES, **(OURS_ON_GPUS if workload.num_micro_batches > 1 else {})}
     is_half, generation = args.dtype == "bfloat16", torch.cuda.get_device_capability()[0]
     can_be_had = {
         "sdpa": True,
@@ -380,7 +398,7 @@ def sides_of(args: BenchArguments) -> dict[str, Side]:
     }
     return {
         **{name: side for name, side in TRL_ON_GPUS.items() if can_be_had[side.attn_implementation]},
-        **{name: side for name, side in {**SIDES, **OURS_ON_GPUS}.items() if is_ours(name)},
+        **{name: side for name, side in ours.items() if is_ours(name)},
     }
 
 
@@ -481,8 +499,8 @@ def run_update(
                 **{
                     "output_dir": folder.name,
                     "max_steps": max_steps or workload.num_iterations,
-                    "per_device_train_batch_size": workload.num_generations,
-                    "gradient_accumulation_steps": workload.num_prompts,
+                    "per_device_train_batch_size": workload.num_generations * workload.prompts_per_micro_batch,
+                    "gradient_accumulation_steps": workload.num_micro_batches,
                     "num_generations": workload.num_generations,
                     "num_iterations": workload.num_iterations,
                     "max_completion_length": workload.longest_completion,
@@ -552,7 +570,7 @@ def peak_memory(args: BenchArguments, workload_name: str, side: str) -> float:
     if args.on_gpu:
         return peak_memory_of_gpu(args, workload_name, side)
     command = [sys.executable, __file__, "--workloads", workload_name, "--memory_of", side]
-    for name in ("model", "device", "dtype", "sampler", "sampler_noise", "beta", "seed"):
+    for name in ("model", "device", "dtype", "prompts_per_micro_batch", "sampler", "sampler_noise", "beta", "seed"):
         command += [f"--{name}", str(getattr(args, name))]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -565,8 +583,8 @@ def peak_memory_of_gpu(args: BenchArguments, workload_name: str, side: str) -> f
     gc.collect()  # trainers are circles of references
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    workload = WORKLOADS[workload_name]
-    run_update(args, workload, make_rollouts(args, workload), sides_of(args)[side], max_steps=1)
+    workload = args.workload(workload_name)
+    run_update(args, workload, make_rollouts(args, workload), sides_of(args, workload)[side], max_steps=1)
     return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
@@ -583,8 +601,8 @@ def print_peak_memory(args: BenchArguments) -> None:
         print(peak_memory_of_gpu(args, args.workloads[0], side))
         return
     before = resident_kb("VmRSS")
-    workload = WORKLOADS[args.workloads[0]]
-    run_update(args, workload, make_rollouts(args, workload), sides_of(args)[side], max_steps=1)
+    workload = args.workload(args.workloads[0])
+    run_update(args, workload, make_rollouts(args, workload), sides_of(args, workload)[side], max_steps=1)
     print((resident_kb("VmHWM") - before) * 1024 / 1e9)
 
 
@@ -630,7 +648,8 @@ def agrees(args: BenchArguments, figures: dict[str, Any], of_trl: dict[str, Any]
 
 def measure(args: BenchArguments, name: str, progress: "tqdm[Any]") -> dict[str, Any]:
     """All figures of a workload."""
-    workload, sides = WORKLOADS[name], dict(sides_of(args))
+    workload = args.workload(name)
+    sides = sides_of(args, workload)
     rollouts = make_rollouts(args, workload)
     seconds: dict[str, list[float]] = defaultdict(list)
     memory: dict[str, float] = {}
@@ -638,14 +657,15 @@ def measure(args: BenchArguments, name: str, progress: "tqdm[Any]") -> dict[str,
     tokens: dict[str, list[int]] = {}
 
     def measure_memory() -> None:
-        for side in list(sides):
+        nonlocal sides
+        for side in sides:
             progress.set_postfix_str(f"{name}: memory of {side}")
             try:
                 memory[side] = peak_memory(args, name, side)
             except torch.cuda.OutOfMemoryError:
                 if side == QUOTED or not is_ours(side):
                     raise
-                del sides[side]
+                sides = {other: trainer for other, trainer in sides.items() if other != side}
             progress.update()
 
     if args.on_gpu:
@@ -717,7 +737,7 @@ def headline(args: BenchArguments, result: dict[str, Any]) -> dict[str, Any]:
 
 def print_table(args: BenchArguments, results: dict[str, dict[str, Any]]) -> bool:
     """The figures; whether all gradients agree."""
-    theirs = [side for side in sides_of(args) if not is_ours(side)]
+    theirs = [side for side in next(iter(results.values()))["trainers"] if not is_ours(side)]
     columns = [
         *("workload", "trainer", "seconds"),
         *([f"ratio to {side}" for side in theirs] if args.on_gpu else ["ratio"]),
@@ -786,7 +806,8 @@ def write_results(args: BenchArguments, results: dict[str, dict[str, Any]]) -> N
         return
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if args.on_gpu else f"{torch.get_num_threads()} threads"
-    settings = {name: getattr(args, name) for name in ("model", "dtype", "sampler", "sampler_noise")}
+    names = ("model", "dtype", "prompts_per_micro_batch", "sampler", "sampler_noise")
+    settings = {name: getattr(args, name) for name in names}
     content = {**settings, "device": device, "workloads": results}
     args.output_file.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -798,14 +819,15 @@ def main(argv: list[str]) -> int:
         return 0
     results: dict[str, dict[str, Any]] = {}
     too_large = []
-    with tqdm(total=len(args.workloads) * len(sides_of(args)) * (args.repeats + 1), unit="run") as progress:
+    sides = sum(len(sides_of(args, args.workload(name))) for name in args.workloads)
+    with tqdm(total=sides * (args.repeats + 1), unit="run") as progress:
         for name in args.workloads:
             try:
                 results[name] = measure(args, name, progress)
             except torch.cuda.OutOfMemoryError:
                 too_large.append(name)
             write_results(args, results)  # what is there by now stays, whatever becomes of the others
-    all_agree = print_table(args, results)
+    all_agree = print_table(args, results) if results else True
     if not all_agree:
         print("error: the gradients differ, so there is nothing to compare", file=sys.stderr)
     if too_large:

@@ -8,7 +8,8 @@
 Without `--train`, one after the other:
 
 - `pytest -m gpu tests/gpu`: packed against padded attention and training, and what else only a GPU can show;
-- `bench_update.py` in bfloat16, for the shapes of Qwen2.5-0.5B and 1.5B, over all workloads;
+- `bench_update.py` in bfloat16, for the shapes of Qwen2.5-0.5B and 1.5B, over all workloads, with micro-batches that
+  fill a GPU;
 - the demo, `recipes/gsm8k.py`.
 
 With it, `recipes/gsm8k.py` trains for a time, and the whole test file is answered before and after. MODEL is a folder,
@@ -217,7 +218,7 @@ def parts_of_check(python: str, scratch: Path) -> list[Part]:
     for model in ("qwen2.5-0.5b", "qwen2.5-1.5b"):
         file = scratch / f"{model}.json"
         command = [python, str(ROOT / "scripts" / "bench_update.py"), "--device", "cuda", "--dtype", "bfloat16"]
-        command += ["--model", model, "--repeats", "2", "--output_file", str(file)]
+        command += ["--model", model, "--prompts_per_micro_batch", "4", "--repeats", "1", "--output_file", str(file)]
         name = f"update, {model}"
         parts.append(Part(name, command, LIMITS_S[name], partial(read_bench, file)))
     demo = scratch / "demo"

@@ -396,7 +396,8 @@ def test_bench_update_on_a_gpu(pretended_gpu, monkeypatch, tmp_path, capsys):
 def test_bench_update_takes_the_attentions_that_a_gpu_has(pretended_gpu, monkeypatch, dtype, capability, attentions):
     monkeypatch.setattr(pretended_gpu, "is_flash_attn_3_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    sides = pretended_gpu.sides_of(pretended_gpu.BenchArguments(dtype=dtype))
+    args = pretended_gpu.BenchArguments(dtype=dtype)
+    sides = pretended_gpu.sides_of(args, args.workload("gsm8k"))
     assert [side.attn_implementation for name, side in sides.items() if name.startswith("trl")] == attentions
     assert "trl" not in sides
     assert "ours" in sides
@@ -476,6 +477,8 @@ def test_bench_update_goes_on_where_a_workload_is_too_large(bench, monkeypatch, 
         return {"trainers": trainers, "limit_seconds": {}}
 
     monkeypatch.setattr(bench, "measure", measure)
+    names = "gsm8k", "long-prompt", "ragged"
+    monkeypatch.setattr(bench, "WORKLOADS", dict.fromkeys(names, bench.WORKLOADS["gsm8k"]))
     file = tmp_path / "bench.json"
     assert bench.main(["--output_file", str(file), "--workloads", "gsm8k", "long-prompt", "ragged"]) == 1
     assert "error: long-prompt" in capsys.readouterr().err

@@ -88,10 +88,10 @@ class Unwaiting(GRPOExtTrainer):
 
         self.accelerator.backward = checked
 
-    def _compute_loss(self, model, inputs):
+    def _clipped_loss(self, *args, **kwargs):  # another _compute_loss would be one that the package does not know
         self.num_checked += self.state.global_step > 0
         with no_waiting(self.state.global_step > 0):
-            return super()._compute_loss(model, inputs)
+            return super()._clipped_loss(*args, **kwargs)
 
 
 def test_nothing_waits_for_the_gpu(policy, tmp_path):
