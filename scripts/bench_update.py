@@ -73,7 +73,6 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from transformers.utils import logging as hf_logging
 from trl import GRPOTrainer, TrlParser
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import add_fused_lm_head
 
 from trl_grpo_ext import GRPOExtConfig, GRPOExtTrainer
 from trl_grpo_ext.embedded_policy import embedded_policy_path
@@ -553,6 +552,8 @@ def run_limit(args: BenchArguments, tokens_computed: list[int], *, checkpointing
     rows = [row.to(args.device) for row in rows]
     options: dict[str, Any] = {}
     if args.on_gpu:  # with all logits of a long row at once the head would cost more than it does in training
+        from trl.trainer.utils import add_fused_lm_head  # of TRL 1.15 and later
+
         add_fused_lm_head(model)
         options["fused_lm_head"] = True
         model(input_ids=rows[0], labels=rows[0], use_cache=False, **options).loss.backward()  # warms up

@@ -12,6 +12,7 @@ from datasets import Dataset
 from tiny import tiny_tokenizer
 from transformers import TrainerCallback
 from trl import GRPOConfig
+from trl.trainer import utils as trl_utils
 
 
 NUM_GENERATIONS = 4
@@ -88,6 +89,12 @@ def canned_reward(prompts, completion_ids, **kwargs):
 
 
 KINDS = ("dead", "live", "also live, and longer")  # prompts whose completions are rewarded alike, and others
+
+
+def give_scoring_head(model) -> None:
+    """Let a model score labels, as TRL does with those that it is given; releases before 1.15 take its logits."""
+    if hasattr(trl_utils, "add_fused_lm_head"):
+        trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
 
 
 def canned_prompts(kinds=KINDS, num_prompts: int = 64) -> Dataset:

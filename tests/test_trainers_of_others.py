@@ -14,6 +14,7 @@ from canned import (
     canned_config,
     canned_prompts,
     canned_reward,
+    give_scoring_head,
     train_canned,
 )
 from test_iterations import PaddedTrainer, run, start  # noqa: F401 (a fixture)
@@ -207,10 +208,8 @@ def test_a_teacher_asked_behind_the_policy_is_not_the_old_policy(policy, start, 
 
 
 def prepared_teacher():
-    from trl.trainer.utils import add_fused_lm_head
-
     teacher = tiny_model(seed=7)
-    add_fused_lm_head(teacher, outputs=("log_probs", "entropy"))
+    give_scoring_head(teacher)
     return teacher
 
 

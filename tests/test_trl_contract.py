@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from canned import canned_config, train_canned
+from canned import canned_config, give_scoring_head, train_canned
 from tiny import save_tiny_policy, tiny_model
 from transformers import AttentionInterface, MambaConfig, MambaForCausalLM, Qwen2Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import add_fused_lm_head
 
 from trl_grpo_ext import compat
 from trl_grpo_ext.trainer import GRPOExtTrainer
@@ -381,9 +380,10 @@ def test_one_process_has_one_gpu(trainer_class, policy, tmp_path):
         train_canned(trainer_class, args, policy)
 
 
+@pytest.mark.skipif(not compat.HAS_SCORING_HEAD, reason="this TRL's models return logits")
 def test_lm_head_takes_the_labels_of_each_place():
     model = tiny_model()
-    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    give_scoring_head(model)
     ids, labels = torch.tensor([[65, 66, 67]]), torch.tensor([[66, -100, 68]])
     output = model(input_ids=ids, shift_labels=labels, fused_lm_head=True)
     assert output.log_probs.shape == output.entropy.shape == (1, 3)

@@ -501,6 +501,37 @@ def _no_compaction(device: torch.device) -> bool:
     return False
 
 
+# Whether TRL gives its models a head that scores labels, chunk by chunk (from 1.15 on); before, they return logits.
+HAS_SCORING_HEAD = hasattr(trl_utils, "add_fused_lm_head")
+
+
+def scores_of_logits(
+    trainer: GRPOTrainer, logits: torch.Tensor, labels: torch.Tensor, compute_entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What TRL makes of logits, where its models have no head that scores labels.
+
+    Args:
+        trainer (`GRPOTrainer`):
+            Whose temperature it is, and whether its loss has a gradient by way of entropies.
+        logits (`torch.Tensor`):
+            `(1, S, V)`.
+        labels (`torch.Tensor`):
+            The token that each place predicts, `(1, S)`.
+        compute_entropy (`bool`):
+            Whether entropies are asked for.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor | None]`:
+            Log-probabilities and entropies in nats, each `(1, S)`.
+    """
+    logits = logits / trainer.temperature
+    entropies = None
+    if compute_entropy:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trainer._entropy_bonus_enabled):
+            entropies = trl_utils.entropy_from_logits(logits)
+    return trl_utils.selective_log_softmax(logits, labels), entropies
+
+
 # What stood in TRL's module at each entry of `every_row_scored`; its entries may overlap, in threads.
 _set_before: list[Callable[[torch.device], bool]] = []
 _set_before_lock = Lock()

@@ -181,10 +181,10 @@ class SharedPrefixMixin(OrderedMixin):
         logps, entropies = [], []
         for ids, layout in parts:
             self._count_tokens(model, ids, layout.num_tokens)
-            per_token = self._forward_of_packed_row(model, ids, layout)
-            logps.append(layout.unpack(per_token.log_probs[0]))
-            if compute_entropy:
-                entropies.append(layout.unpack(per_token.entropy[0]))
+            logps_of_row, entropies_of_row = self._forward_of_packed_row(model, ids, layout, compute_entropy)
+            logps.append(layout.unpack(logps_of_row[0]))
+            if entropies_of_row is not None:
+                entropies.append(layout.unpack(entropies_of_row[0]))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
     def _laid_out(
@@ -202,25 +202,34 @@ class SharedPrefixMixin(OrderedMixin):
             for ids, mask in zip(input_ids.split(rows_at_once), attention_mask.split(rows_at_once), strict=True)
         ]
 
-    def _forward_of_packed_row(self, model: Any, input_ids: torch.Tensor, layout: PackedLayout) -> Any:
-        """What TRL's fused LM head returns for the scored places of a packed row; nothing here waits for a GPU."""
+    def _forward_of_packed_row(
+        self, model: Any, input_ids: torch.Tensor, layout: PackedLayout, compute_entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities and entropies of a packed row's scored places, `(1, S)`; nothing here waits for a GPU."""
         language_model = _language_model(self._unwrapped(model))
         attend_over_segments(compat.attention_name(language_model))
         segments = Segments(layout)
-        with self.accelerator.autocast(), _scored_places_only(language_model.base_model), compat.every_row_scored():
-            outputs = model(
-                input_ids=layout.pack(input_ids),
-                position_ids=layout.position_ids.unsqueeze(0),
-                # With no mask, or one for each token, transformers would make one of N x N. A mask of four
-                # dimensions is handed on as it is; the attention takes the segments instead.
-                attention_mask=input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
-                shift_labels=layout.labels(input_ids).unsqueeze(0),
-                fused_lm_head=True,
-                segments=segments,
-            )
+        labels = layout.labels(input_ids).unsqueeze(0)
+        inputs: dict[str, Any] = {
+            "input_ids": layout.pack(input_ids),
+            "position_ids": layout.position_ids.unsqueeze(0),
+            # With no mask, or one for each token, transformers would make one of N x N. A mask of four
+            # dimensions is handed on as it is; the attention takes the segments instead.
+            "attention_mask": input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
+            "segments": segments,
+        }
+        log_probs: torch.Tensor
+        with _scored_places_only(language_model.base_model):
+            if compat.HAS_SCORING_HEAD:
+                with self.accelerator.autocast(), compat.every_row_scored():
+                    outputs = model(**inputs, shift_labels=labels, fused_lm_head=True)
+                log_probs, entropies = outputs.log_probs, outputs.entropy if compute_entropy else None
+            else:
+                logits = model(**inputs, use_cache=False).logits
+                log_probs, entropies = compat.scores_of_logits(self, logits, labels, compute_entropy)
         if self._packs is None and segments.num_uses == 0:  # of the rows that are compared, before any other
             raise RuntimeError("no attention layer was given the segments of the packed row")
-        return outputs
+        return log_probs, entropies
 
     def _count_tokens(self, model: Any, input_ids: torch.Tensor, num_computed: int) -> None:
         is_policy = self._unwrapped(model) is self._unwrapped(self.model)
@@ -265,10 +274,12 @@ class SharedPrefixMixin(OrderedMixin):
                 torch.compiler.set_stance("force_eager"),  # to compile for made-up rows would take minutes
                 torch.set_grad_enabled(bool(parameters)),
             ):
-                padded = padded_forward(model, ids, mask, width)[0]
+                is_token = mask[:, -width:].bool()
+                # whatever a release gives for padding
+                padded = padded_forward(model, ids, mask, width)[0].masked_fill(~is_token, 0.0)
                 try:
                     packed = self._packed_forward(model, ids, mask, width, None, False)[0]
-                    obstacle = difference_of_logps(packed, padded, mask[:, -width:].bool(), is_half)
+                    obstacle = difference_of_logps(packed, padded, is_token, is_half)
                     if obstacle is None and parameters:
                         obstacle = difference_of_gradients(packed, padded, parameters, is_half)
                 except Exception as error:  # models of others: whatever they raise, they cannot be packed
