@@ -8,7 +8,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from tiny import tiny_tokenizer
 from transformers import TrainerCallback
 from trl import GRPOConfig
@@ -18,13 +20,15 @@ from trl.trainer import utils as trl_utils
 NUM_GENERATIONS = 4
 ROWS = 8  # of a micro-batch
 MAX_COMPLETION_LENGTH = 12
+# The share of tokens for which a sampler has no log-probability; TRL before 1.13 fails on those.
+MISSING = 0.1 if Version(trl.__version__) >= Version("1.13") else 0.0
 
 
 class CannedRollouts:
     """A `rollout_func`: random tokens, drawn as a sampler draws them, from torch's generator.
 
     With `sampler_noise` it comes with a sampler's log-probabilities: the policy's, away from them by so many nats
-    (standard deviation), and one in ten is missing.
+    (standard deviation), and some are missing.
     """
 
     def __init__(self, tool_masks: bool = False, sampler_noise: float | None = None) -> None:
@@ -49,7 +53,7 @@ class CannedRollouts:
         }
         if self.sampler_noise is not None:
             output["logprobs"] = [
-                [None if numbers.random() < 0.1 else logp + numbers.gauss(0, self.sampler_noise) for logp in logps]
+                [None if numbers.random() < MISSING else logp + numbers.gauss(0, self.sampler_noise) for logp in logps]
                 for logps in policy_logps(trainer.model, output["prompt_ids"], completion_ids)
             ]
         if self.tool_masks:
@@ -95,6 +99,13 @@ def give_scoring_head(model) -> None:
     """Let a model score labels, as TRL does with those that it is given; releases before 1.15 take its logits."""
     if hasattr(trl_utils, "add_fused_lm_head"):
         trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+
+
+def skip_loss_that_is_refused(loss_type="dapo", importance_sampling_level="token", beta=0.0, **options) -> None:
+    """End a test whose loss TRL had wrong in the installed release."""
+    counts_tokens = importance_sampling_level == "token" or beta != 0.0
+    if loss_type == "luspo" and counts_tokens and Version(trl.__version__) < Version("1.10"):
+        pytest.skip("TRL before 1.10 gives padding a gradient")
 
 
 def canned_prompts(kinds=KINDS, num_prompts: int = 64) -> Dataset:

@@ -12,10 +12,11 @@ from canned import (
     canned_prompts,
     relative_difference,
     schedule_options,
+    skip_loss_that_is_refused,
     train_canned,
 )
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, set_seed
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
@@ -57,6 +58,8 @@ def start(policy):
 def run(trainer_class, policy, output_dir, config_class=GRPOConfig, **options):
     names = ("tool_masks", "peft_config", "resume", "callbacks")
     passed = {name: options.pop(name) for name in names if name in options}
+    skip_loss_that_is_refused(**options)
+    set_seed(0)  # of adapters, which releases of TRL make before or behind a seed of their own
     return train_canned(trainer_class, canned_config(output_dir, config_class, **options), policy, **passed)
 
 

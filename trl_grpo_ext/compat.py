@@ -43,6 +43,7 @@ from .ranks import is_so_anywhere
 
 logger = logging.getLogger(__name__)
 
+RELEASE: str = trl.__version__
 # The minors of TRL with which all tests were run.
 TESTED_TRL = ("1.16",)
 
@@ -116,6 +117,24 @@ def check_state(trainer: GRPOTrainer) -> None:
     for name in STATE:
         if not hasattr(trainer, name):
             raise _moved(f"the trainer has no {name}")
+
+
+def check_arguments(trainer: GRPOTrainer) -> None:
+    """Refuse what the installed TRL lets through, and would compute in another way than the mixins know.
+
+    Raises:
+        ValueError: If a process would train on several GPUs, or Liger would compute the loss.
+    """
+    if trainer.args.n_gpu > 1:  # refused by TRL itself from 1.15 on
+        raise ValueError(
+            f"one process would train on {trainer.args.n_gpu} GPUs (nn.DataParallel), where losses are divided by the "
+            "rows of one: start a process for each with accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
+        )
+    if trainer.args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
+        raise ValueError(
+            f"use_liger_kernel=True: in TRL {RELEASE} Liger then computes the loss, beside the methods by which "
+            "rollouts are reused and packed: set it to False, or install TRL 1.14 or later"
+        )
 
 
 def _moved(what: str) -> IncompatibleReleaseError:
@@ -354,6 +373,46 @@ def _names_in(code: CodeType) -> frozenset[str]:
     names = {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}
     inner = (_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return frozenset(names.union(*inner))
+
+
+def gradient_of_trls_loss(
+    trainer: GRPOTrainer, micro_batch: dict[str, torch.Tensor], per_token_logps: torch.Tensor
+) -> torch.Tensor:
+    """What TRL's own loss gives the policy's log-probabilities of a micro-batch, `(B, C)`; asked by all processes.
+
+    No forward is made, and the trainer is as it was behind it, its metrics too. Accumulation is left out: losses are
+    those of an optimizer step of one micro-batch.
+
+    Args:
+        trainer (`GRPOTrainer`):
+            Whose settings the loss goes by.
+        micro_batch (`dict[str, torch.Tensor]`):
+            The rows.
+        per_token_logps (`torch.Tensor`):
+            The log-probabilities, which need a gradient.
+    """
+    known = {
+        mode: {name: len(values) for name, values in metrics.items()} for mode, metrics in trainer._metrics.items()
+    }
+    was_training, accumulation = trainer.model.training, vars(trainer).get("current_gradient_accumulation_steps")
+    trainer.model.training, trainer.current_gradient_accumulation_steps = True, 1  # of this module alone
+    scores = per_token_logps, torch.zeros_like(per_token_logps), None
+    try:
+        with _replaced_forward(trainer, lambda *args, **kwargs: scores), torch.enable_grad():
+            loss = GRPOTrainer._compute_loss(trainer, trainer.model, micro_batch)
+        (gradient,) = torch.autograd.grad(loss, per_token_logps)
+    finally:
+        trainer.model.training = was_training
+        if accumulation is None:
+            del trainer.current_gradient_accumulation_steps
+        else:
+            trainer.current_gradient_accumulation_steps = accumulation
+        for mode, metrics in trainer._metrics.items():
+            for name in list(metrics):
+                del metrics[name][known[mode].get(name, 0) :]
+                if name not in known[mode]:
+                    del metrics[name]
+    return gradient
 
 
 def is_clipped_objective(trainer: GRPOTrainer) -> bool:

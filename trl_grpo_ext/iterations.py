@@ -15,6 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from . import compat
 from .config import check_settings, extension_setting, rollout_settings, tokens_per_micro_batch
+from .loss_comparison import differ, made_up_micro_batch
 from .metrics import (
     SamplingStatistics,
     micro_batch_statistics,
@@ -23,7 +24,7 @@ from .metrics import (
     sampling_statistics,
 )
 from .mixin_order import OrderedMixin
-from .objective import LOSS_TYPES, ClippedObjective, clipped_places, sampling_weights
+from .objective import LOSS_TYPES, ClippedObjective, ObjectiveOutput, clipped_places, sampling_weights
 from .passes import PassStatistics, can_shorten, exceeds_target, window_within_pass
 from .ranks import is_so_anywhere
 from .rollouts import (
@@ -98,6 +99,7 @@ class MultiIterationMixin(OrderedMixin):
         self._has_own_statistics = False  # of the micro-batch that is trained on
         self._has_explained_zeros = False
         self._reported_losses: set[str] = set()
+        self._compared_losses: dict[tuple[Any, ...], str | None] = {}  # by their kind, why TRL's is not ours
         self._fast_paths: dict[str, str] = {}
         self._has_reported_tokens = False  # that tokens_per_micro_batch cannot be kept, or does nothing
         self._train_sampler: Any = None
@@ -381,7 +383,43 @@ class MultiIterationMixin(OrderedMixin):
             reason = f"TRL's, with another {part}"
         if reason is None and (options := compat.unknown_loss_options(self)):
             reason = f"TRL's, with {', '.join(options)}"
+        if reason is None and compat.is_clipped_objective(self):
+            reason = self._compare_losses()
         return reason
+
+    def _compare_losses(self) -> str | None:
+        """What speaks against TRL's loss being [`ClippedObjective`], in made-up rows; once for each kind of loss."""
+        args, corrects = self.args, compat.corrects_sampling(self)
+        kind = (
+            *(self.loss_type, self.importance_sampling_level, self.beta != 0.0, args.use_bias_correction_kl),
+            *(args.delta is None, self.off_policy_mask_threshold is None),
+            corrects and self.vllm_importance_sampling_mode,
+        )
+        if kind not in self._compared_losses:
+            rows, logps = made_up_micro_batch(self.accelerator.device)
+            if corrects:
+                weights = self._sampling_weights(rows, rows["old_per_token_logps"])
+                if weights.size(1) > 1:  # of padding too
+                    weights = weights.masked_fill(rows["completion_mask"] == 0, 1.0)
+                rows["importance_sampling_ratio"] = weights
+            num_tokens = rows["num_items_in_batch"] / self.accelerator.num_processes / args.steps_per_generation
+            expected = compat.gradient_of_trls_loss(self, rows, logps)
+            output = self._output_of_objective(
+                rows,
+                logps,
+                rows["old_per_token_logps"],
+                num_tokens=num_tokens if LOSS_TYPES[self.loss_type].normalizer == "step_tokens" else None,
+            )
+            (found,) = torch.autograd.grad(output.loss, logps)
+            if expected[rows["completion_mask"] == 0].any():  # what that is depends on how rows are padded
+                raise ValueError(
+                    f"loss_type={self.loss_type!r}: TRL {compat.RELEASE} gives padding a gradient with "
+                    f"importance_sampling_level={self.importance_sampling_level!r} and beta={self.beta}; later "
+                    "releases do not: install one, or choose another loss_type"
+                )
+            reason = f"TRL {compat.RELEASE}'s {self.loss_type!r}, whose gradient is another one with these settings"
+            self._compared_losses[kind] = reason if differ(found, expected) else None
+        return self._compared_losses[kind]
 
     def _overridden_loss(self) -> str | None:
         return compat.foreign_override(self, "compute_loss") or compat.foreign_override(self, "_compute_loss")
@@ -447,7 +485,6 @@ class MultiIterationMixin(OrderedMixin):
         step: int,
     ) -> torch.Tensor:
         index = step % self.args.steps_per_generation
-        mask = loss_mask(inputs)
         per_token_logps, entropies, _ = self._forward(model, forward_inputs, compute_entropy=True)
         old_per_token_logps = inputs.get("old_per_token_logps")
         if old_per_token_logps is None:  # the first pass: this policy is the old one
@@ -460,16 +497,9 @@ class MultiIterationMixin(OrderedMixin):
             # of an optimizer step on this process: `num_items_in_batch` counts the generation batch on all of them
             num_tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             num_tokens = num_tokens * accumulation / self.args.steps_per_generation
-        output = self._objective()(
-            per_token_logps,
-            old_per_token_logps,
-            inputs["advantages"],
-            mask,
-            inputs.get("ref_per_token_logps"),
-            weights=inputs["importance_sampling_ratio"] if compat.corrects_sampling(self) else None,
-            sampling_per_token_logps=inputs.get("sampling_per_token_logps"),
-            num_rows=rollouts.padded_shape[0] if rollouts.is_arranged else None,
-            num_tokens=num_tokens,
+        num_rows = rollouts.padded_shape[0] if rollouts.is_arranged else None
+        output = self._output_of_objective(
+            inputs, per_token_logps, old_per_token_logps, num_rows=num_rows, num_tokens=num_tokens
         )
         statistics = objective_statistics(
             output,
@@ -482,6 +512,27 @@ class MultiIterationMixin(OrderedMixin):
         self._pass_statistics.observe(statistics, rollouts.iteration(step), replaces_trls=True)
         self._loss_logps, self._has_own_statistics = per_token_logps.detach(), True
         return output.loss if divides_by_step else output.loss / accumulation
+
+    def _output_of_objective(
+        self,
+        inputs: dict[str, Any],
+        per_token_logps: torch.Tensor,
+        old_per_token_logps: torch.Tensor,
+        *,
+        num_rows: int | None = None,
+        num_tokens: torch.Tensor | None = None,
+    ) -> ObjectiveOutput:
+        return self._objective()(
+            per_token_logps,
+            old_per_token_logps,
+            inputs["advantages"],
+            loss_mask(inputs),
+            inputs.get("ref_per_token_logps"),
+            weights=inputs["importance_sampling_ratio"] if compat.corrects_sampling(self) else None,
+            sampling_per_token_logps=inputs.get("sampling_per_token_logps"),
+            num_rows=num_rows,
+            num_tokens=num_tokens,
+        )
 
     def _objective(self) -> ClippedObjective:
         """By the settings as they are now: callbacks change some."""
@@ -634,6 +685,7 @@ class MultiIterationMixin(OrderedMixin):
         epochs, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        self._foreign_loss()  # a loss that is refused is refused before anything is generated
         # A run that was broken off in an optimizer step leaves its counter there, and begins one anew.
         self._window_position, self._is_in_micro_batch = 0, False
         is_arranged = self._rollouts is not None and self._rollouts.is_arranged

@@ -24,6 +24,7 @@ class OrderedMixin(_GRPOTrainer):
     Raises:
         TypeError: When a class is made in which the mixins stand in another order, or behind `GRPOTrainer`.
         IncompatibleReleaseError: When a trainer is made with a TRL that has moved what the mixins need.
+        ValueError: When it is made with settings for which an older TRL goes another way.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -41,6 +42,7 @@ class OrderedMixin(_GRPOTrainer):
         compat.check_release()
         super().__init__(*args, **kwargs)
         compat.check_state(self)
+        compat.check_arguments(self)
 
 
 def _name_of_mixin(base: type) -> str | None:
