@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install into .venv, check style and types, and run every test; arguments are passed on to pytest. Without arguments
-# scripts/test_vllm.sh is the last part.
+# scripts/test_matrix.sh --short and scripts/test_vllm.sh are the last parts.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 use_environment dev
@@ -22,7 +22,8 @@ part() {
 }
 part "tests" python -m pytest -m "not distributed" "$@"
 part "distributed tests" python -m pytest -n 0 -m distributed "$@"
-# vLLM has an environment of its own, and tests that no option for these is meant for.
+# Other releases of TRL, and vLLM, have folders of their own, and no option for these tests is meant for them.
+[ $# -gt 0 ] || part "tests with older releases of TRL" bash scripts/test_matrix.sh --short
 [ $# -gt 0 ] || part "tests with vLLM, unless skipped above" bash scripts/test_vllm.sh
 printf '\n%s' "$summary"
 exit "$status"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from canned import (
+    MISSING,
     ROWS,
     ExactGradNorms,
     Run,
@@ -60,7 +61,7 @@ def canned_completion(tokenizer, prompt_ids, place, longest=12):
 def sampler_logps(prompt_ids, completion_ids):
     """Those of a sampler near the policy, which is near to knowing nothing; `None` as where vLLM says NaN."""
     numbers = random.Random(f"{prompt_ids} {completion_ids}")
-    return [None if numbers.random() < 0.1 else -5.6 + numbers.gauss(0.0, 0.4) for _ in completion_ids]
+    return [None if numbers.random() < MISSING else -5.6 + numbers.gauss(0.0, 0.4) for _ in completion_ids]
 
 
 # Who is asked
@@ -122,7 +123,7 @@ class OwnGeneration(GRPOTrainer):
 
     completion = staticmethod(canned_completion)
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):  # which TRL has changed
         return [self.completion(self.processing_class, ids, place) for place, ids in enumerate(prompt_ids)], None
 
 

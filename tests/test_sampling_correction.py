@@ -14,7 +14,6 @@ from canned import (
     assert_same_training,
     canned_config,
     schedule_options,
-    skip_loss_that_is_refused,
     train_canned,
 )
 from safetensors.torch import load_file
@@ -90,7 +89,6 @@ def bounds_of(mode):
 
 def run(trainer_class, policy, output_dir, config_class=GRPOConfig, noise=0.3, resume=None, **options):
     names = ("tool_masks", "kinds", "callbacks")
-    skip_loss_that_is_refused(**options)
     passed = {name: options.pop(name) for name in names if name in options}
     options = {
         "use_vllm": True,

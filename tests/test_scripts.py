@@ -18,6 +18,7 @@ from records import made_up_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
+from trl_grpo_ext import compat
 from trl_grpo_ext.embedded_policy import embedded_policy_path
 
 
@@ -890,3 +891,54 @@ def test_check_gpu_writes_the_curve_without_matplotlib(check_gpu, monkeypatch, t
         rows = list(csv.DictReader(stream))
     assert file.name == "curve.csv"
     assert [(row["step"], row["reward"]) for row in rows] == [("1", "0.5"), ("5", "0.75")]
+
+
+# Several releases of TRL
+
+
+@pytest.fixture
+def matrix():
+    return load("test_matrix.py")
+
+
+def test_matrix_has_every_minor_that_is_claimed(matrix):
+    assert tuple(release.rpartition(".")[0] for release in matrix.RELEASES) == compat.TESTED_TRL
+    assert f"trl=={matrix.PINNED}\n" in (SCRIPTS.parent / "constraints.txt").read_text()
+    assert {matrix.OLDEST, matrix.MIDDLE, *matrix.ALSO_NEEDED} <= set(matrix.RELEASES)
+    tests = {file.stem.removeprefix("test_") for file in (SCRIPTS.parent / "tests").glob("test_*.py")}
+    assert set(matrix.FULL) <= tests
+
+
+@pytest.mark.parametrize(
+    ("arguments", "releases"),
+    [
+        ([], ["1.9.2", "1.13.0", "1.16.0"]),
+        (["--short"], ["1.9.2", "1.13.0"]),
+        (["1.14.2", "--short"], ["1.14.2"]),
+    ],
+)
+def test_matrix_takes_releases(matrix, arguments, releases):
+    assert matrix.parse_arguments(arguments).releases == releases
+
+
+@pytest.mark.parametrize("arguments", [["1.14"], ["--short", "--write"]])
+def test_matrix_refuses(matrix, arguments):
+    with pytest.raises(SystemExit) as exited:
+        matrix.parse_arguments(arguments)
+    assert exited.value.code == 2
+
+
+def test_matrix_writes_its_table(matrix, tmp_path):
+    counts = {"tests": 10, "failures": 0, "errors": 0, "skipped": 2}
+    results = {"1.9.2": (counts, 0), "1.16.0": ({**counts, "failures": 1}, 1), "1.13.0": (dict.fromkeys(counts, 0), 4)}
+    rows = matrix.table_of(results)
+    assert rows == [("1.9.2", "8 passed", "2"), ("1.16.0", "1 FAILED, 7 passed", "2"), ("1.13.0", "FAILED", "0")]
+    file = tmp_path / "README.md"
+    file.write_text(f"before\n{matrix.BEGIN}\nold\n{matrix.END}\nbehind\n")
+    for _ in range(2):
+        matrix.write_table(rows, file)
+        assert file.read_text().startswith(f"before\n{matrix.BEGIN}\n| TRL |")
+        assert file.read_text().endswith(f"| 1.13.0 | FAILED | 0 |\n{matrix.END}\nbehind\n")
+    file.write_text("no place")
+    with pytest.raises(ValueError, match="no place"):
+        matrix.write_table(rows, file)

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from canned import NUM_GENERATIONS, canned_config, train_canned
-from test_shared_prefix import SHAPE, by_row, make_model, make_rows, make_trainer
+from test_shared_prefix import SHAPE, by_row, make_model, make_rows, make_trainer, scores
 from transformers import Gemma3TextConfig, MistralConfig
 
 from trl_grpo_ext import checkpoints
@@ -65,7 +65,7 @@ def test_a_sliding_window_as_long_as_the_longest_row(config, tmp_path):
         )
         assert trainer.packs
         shapes.clear()
-        found, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, *rows)
+        found, _ = scores(trainer, *rows)
         assert shapes == [1 if fits else len(rows[0])]  # packed into one row, or as they are
         torch.testing.assert_close(found, expected)
         # what is asked before rows are arranged by prompt: of rows padded to so many tokens

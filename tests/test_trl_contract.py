@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 import random
+import tomllib
 from collections import deque
 from inspect import unwrap
 from pathlib import Path
@@ -371,13 +372,20 @@ def test_a_forward_is_asked_once(trainer, monkeypatch):
 # What the packed forward relies on
 
 
-@pytest.mark.parametrize("trainer_class", [GRPOTrainer, GRPOExtTrainer])
-def test_one_process_has_one_gpu(trainer_class, policy, tmp_path):
-    """TRL refuses `nn.DataParallel`; else losses that are divided by the rows of a device would be wrong here."""
+def test_one_process_has_one_gpu(policy, tmp_path):
+    """`nn.DataParallel` is refused, by TRL from 1.15 on: losses are divided by the rows of a device."""
     args = canned_config(tmp_path)
     args._n_gpu = 2
     with pytest.raises(ValueError, match=r"nn\.DataParallel.*accelerate launch"):
-        train_canned(trainer_class, args, policy)
+        train_canned(GRPOExtTrainer, args, policy)
+
+
+@pytest.mark.skipif(not hasattr(GRPOTrainer, "compute_liger_loss"), reason="Liger does not compute this TRL's loss")
+def test_a_loss_that_liger_computes_is_refused(trained, monkeypatch):
+    trainer, _ = trained
+    monkeypatch.setattr(trainer.args, "use_liger_kernel", True)
+    with pytest.raises(ValueError, match="use_liger_kernel=True"):
+        compat.check_arguments(trainer)
 
 
 @pytest.mark.skipif(not compat.HAS_SCORING_HEAD, reason="this TRL's models return logits")
@@ -465,7 +473,7 @@ def test_state_that_is_not_there_is_named(trained):
     ("version", "is_said"), [("1.16.9", False), ("1.17.0", True), ("2.0.0.dev0", True), ("1.9.2", False)]
 )
 def test_a_newer_release_is_said_once(version, is_said, monkeypatch, caplog):
-    monkeypatch.setattr(compat.trl, "__version__", version)
+    monkeypatch.setattr(compat, "RELEASE", version)
     compat._say_if_untested.cache_clear()
     with caplog.at_level("WARNING", logger=compat.__name__):
         for _ in range(2):
@@ -475,6 +483,14 @@ def test_a_newer_release_is_said_once(version, is_said, monkeypatch, caplog):
     assert all(version in record.getMessage() for record in caplog.records)
 
 
-def test_the_tested_release_is_the_one_that_is_installed():
+def test_a_release_before_the_oldest_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(compat, "RELEASE", "1.8.0")
+    with pytest.raises(compat.IncompatibleReleaseError, match=r"TRL 1\.8\.0, .*1\.9 to 1\.16"):
+        Minimal("no/model", [print_nothing], canned_config(tmp_path))
+
+
+def test_the_tested_release_is_the_one_that_is_pinned():
     constraints = (Path(__file__).parents[1] / "constraints.txt").read_text()
     assert f"trl=={compat.TESTED_TRL[-1]}." in constraints
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert f"trl>={compat.TESTED_TRL[0]},<2" in project["optional-dependencies"]["train"]

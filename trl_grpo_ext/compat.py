@@ -44,8 +44,8 @@ from .ranks import is_so_anywhere
 logger = logging.getLogger(__name__)
 
 RELEASE: str = trl.__version__
-# The minors of TRL with which all tests were run.
-TESTED_TRL = ("1.16",)
+# The minors of TRL with which tests were run: all with the last one, those of `scripts/test_matrix.py` with each.
+TESTED_TRL = ("1.9", "1.10", "1.11", "1.12", "1.13", "1.14", "1.15", "1.16")
 
 # Members of TRL's trainer that mixins override, and call through `super()`.
 SEAMS = (
@@ -87,12 +87,15 @@ class IncompatibleReleaseError(RuntimeError):
 def check_release() -> None:
     """Look at what the mixins need of TRL's trainer before one is made, and say once if this release was not tested.
 
-    It goes by what is there and not by versions: a release that has all of it may work, tested or not.
+    It goes by what is there and not by versions, but for those before the oldest that was tested, whose losses mean
+    something else under the same names. A newer release that has all of it may work.
 
     Raises:
         IncompatibleReleaseError: If a seam is missing, or takes other arguments; the message names it and the releases
             that work.
     """
+    if Version(RELEASE).release[:2] < Version(TESTED_TRL[0]).release:
+        raise _moved("the losses have other normalizers")  # and no name says so
     for name in SEAMS:
         member = getattr(GRPOTrainer, name, None)
         if member is None:
@@ -139,14 +142,14 @@ def check_arguments(trainer: GRPOTrainer) -> None:
 
 def _moved(what: str) -> IncompatibleReleaseError:
     return IncompatibleReleaseError(
-        f"trl_grpo_ext does not work with TRL {trl.__version__}, of which {what}: install a release that does, "
-        f"pip install 'trl=={TESTED_TRL[-1]}.*'"
+        f"trl_grpo_ext does not work with TRL {RELEASE}, of which {what}: install a release that does "
+        f"({TESTED_TRL[0]} to {TESTED_TRL[-1]}), as with pip install 'trl=={TESTED_TRL[-1]}.*'"
     )
 
 
 @cache
 def _say_if_untested() -> None:
-    installed = Version(trl.__version__)
+    installed = Version(RELEASE)
     if installed.release[:2] > Version(TESTED_TRL[-1]).release and is_first_rank():
         logger.warning(
             "TRL %s is newer than %s, the newest that trl_grpo_ext was tested with. What it needs is there; whether "

@@ -168,7 +168,8 @@ def check_settings(args: GRPOConfig) -> None:
             f"{args.num_iterations} * {args.steps_per_generation} micro-batches of the passes into one optimizer "
             "step, in which the policy stays the same: set a smaller gradient_accumulation_steps, or target_kl to None"
         )
-    sampling_seed = (args.generation_kwargs or {}).get("seed")
+    # TRL before 1.11 keeps a text, of which it makes no use
+    sampling_seed = args.generation_kwargs.get("seed") if isinstance(args.generation_kwargs, Mapping) else None
     if args.use_vllm and args.vllm_mode == "colocate" and sampling_seed not in (None, -1):  # -1 is vLLM's for none
         raise ValueError(
             f"generation_kwargs={args.generation_kwargs!r} with vllm_mode='colocate' makes all completions of a "

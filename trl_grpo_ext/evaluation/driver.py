@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -476,6 +477,8 @@ def _generate_all(
 @contextmanager
 def _unwrapped(model: nn.Module, accelerator: Accelerator, options: Mapping[str, Any]) -> Iterator[PreTrainedModel]:
     """Within it the policy can generate, whatever holds its weights."""
+    taken = signature(unwrap_model_for_generation).parameters  # before TRL 1.16 not how checkpointing goes on
+    options = {name: value for name, value in options.items() if name in taken}
     with (
         unwrap_model_for_generation(model, accelerator, **options) as policy,
         torch.no_grad(),

@@ -306,8 +306,10 @@ class RunRecordCallback(TrainerCallback):
     def _is_truncated(self, ids: Sequence[int]) -> bool:
         """Whether a completion ends in nothing that ends one, as TRL says it, and is as long as it may be."""
         tokenizer = self._trainer.processing_class
-        pad = getattr(tokenizer, "tokenizer", tokenizer).pad_token_id
-        ends = bool(ids) and (ids[-1] in self._trainer.eos_token_ids or ids[-1] == pad)
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        # before TRL 1.14 there was one
+        end_ids = getattr(self._trainer, "eos_token_ids", [tokenizer.eos_token_id])
+        ends = bool(ids) and (ids[-1] in end_ids or ids[-1] == tokenizer.pad_token_id)
         return not ends and len(ids) >= self._trainer.max_completion_length
 
     def _know_prompt(self, hashed: str) -> None:

@@ -185,6 +185,12 @@ class GuardedAsyncReward(GuardedReward):
             return _Failure(f"took longer than {self.timeout_s:g} s")
         return task.result()
 
+    # TRL before 1.14 awaits what `inspect.iscoroutinefunction` says must be; that takes an object for a function if it
+    # has what functions have.
+    __code__ = __call__.__code__
+    __defaults__ = __call__.__defaults__
+    __kwdefaults__: Any = None
+
 
 def guard(
     reward_func: Callable[..., Any],
