@@ -403,13 +403,12 @@ class MultiIterationMixin(OrderedMixin):
                     weights = weights.masked_fill(rows["completion_mask"] == 0, 1.0)
                 rows["importance_sampling_ratio"] = weights
             num_tokens = rows["num_items_in_batch"] / self.accelerator.num_processes / args.steps_per_generation
+            divides_by_step = LOSS_TYPES[self.loss_type].normalizer == "step_tokens"
             expected = compat.gradient_of_trls_loss(self, rows, logps)
-            output = self._output_of_objective(
-                rows,
-                logps,
-                rows["old_per_token_logps"],
-                num_tokens=num_tokens if LOSS_TYPES[self.loss_type].normalizer == "step_tokens" else None,
-            )
+            with torch.enable_grad():
+                output = self._output_of_objective(
+                    rows, logps, rows["old_per_token_logps"], num_tokens=num_tokens if divides_by_step else None
+                )
             (found,) = torch.autograd.grad(output.loss, logps)
             if expected[rows["completion_mask"] == 0].any():  # what that is depends on how rows are padded
                 raise ValueError(
