@@ -3,7 +3,7 @@
     bash scripts/test_matrix.sh                   # the oldest, a middle one and the pinned one, as README has them
     bash scripts/test_matrix.sh --all             # the last patch of every minor that is claimed
     bash scripts/test_matrix.sh --short           # what is not the pinned one, and fewer tests: part of test.sh
-    bash scripts/test_matrix.sh 1.14.2 1.15.0
+    bash scripts/test_matrix.sh 1.12.0 1.14.2
     bash scripts/test_matrix.sh --write           # and write the table into README.md
 
 The tests are those of the contract with TRL, of parity and of the recipe. All packages but TRL are the pinned ones: a
@@ -28,11 +28,9 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 # The last patch of each minor. `compat.TESTED_TRL` names the minors; a test compares the two.
-RELEASES = ("1.9.2", "1.10.0", "1.11.0", "1.12.0", "1.13.0", "1.14.2", "1.15.0", "1.16.0")
+RELEASES = ("1.9.2", "1.10.0", "1.11.0", "1.12.0", "1.13.0", "1.14.2", "1.16.0")  # 1.15.0 trains on GPUs alone
 OLDEST, MIDDLE, PINNED = RELEASES[0], "1.13.0", RELEASES[-1]
-# What releases need at import, or for tools, beside the pinned set
-ALSO_NEEDED = {"1.15.0": ("triton",)}
-ALWAYS_NEEDED = ("jmespath",)
+ALSO_NEEDED = "jmespath"  # for tools, by releases before the pinned one
 SHORT = ("trl_contract", "iterations", "shared_prefix", "loss_comparison", "trl")
 FULL = (
     *SHORT,
@@ -50,9 +48,8 @@ def install(release: str, folder: Path) -> Path:
     """
     target = folder / release
     if not (target / ".installed").exists():
-        packages = [f"trl=={release}", *ALWAYS_NEEDED, *ALSO_NEEDED.get(release, ())]
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        subprocess.run([*pip, "--upgrade", "--target", str(target), *packages], check=True)
+        subprocess.run([*pip, "--upgrade", "--target", str(target), f"trl=={release}", ALSO_NEEDED], check=True)
         (target / ".installed").touch()
     return target
 

@@ -13,6 +13,7 @@ import numpy
 import pytest
 import torch
 from canned import canned_config, give_scoring_head, train_canned
+from packaging.requirements import Requirement
 from tiny import save_tiny_policy, tiny_model
 from transformers import AttentionInterface, MambaConfig, MambaForCausalLM, Qwen2Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -472,9 +473,10 @@ def test_state_that_is_not_there_is_named(trained):
 
 
 @pytest.mark.parametrize(
-    ("version", "is_said"), [("1.16.9", False), ("1.17.0", True), ("2.0.0.dev0", True), ("1.9.2", False)]
+    ("version", "is_said"),
+    [("1.16.9", False), ("1.17.0", True), ("2.0.0.dev0", True), ("1.9.2", False), ("1.15.0", True)],
 )
-def test_a_newer_release_is_said_once(version, is_said, monkeypatch, caplog):
+def test_a_release_that_was_not_tested_is_said_once(version, is_said, monkeypatch, caplog):
     monkeypatch.setattr(compat, "RELEASE", version)
     compat._say_if_untested.cache_clear()
     with caplog.at_level("WARNING", logger=compat.__name__):
@@ -495,4 +497,9 @@ def test_the_tested_release_is_the_one_that_is_pinned():
     constraints = (Path(__file__).parents[1] / "constraints.txt").read_text()
     assert f"trl=={compat.TESTED_TRL[-1]}." in constraints
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    assert f"trl>={compat.TESTED_TRL[0]},<2" in project["optional-dependencies"]["train"]
+    (range_of_trl,) = [
+        Requirement(found).specifier for found in project["optional-dependencies"]["train"] if found.startswith("trl")
+    ]
+    minors = [f"1.{minor}" for minor in range(20)]
+    newer = minors[minors.index(compat.TESTED_TRL[-1]) + 1 :]
+    assert [minor for minor in minors if f"{minor}.0" in range_of_trl] == [*compat.TESTED_TRL, *newer]
