@@ -153,8 +153,8 @@ def _say_if_untested() -> None:
     installed = Version(RELEASE)
     if installed.release[:2] not in [Version(minor).release for minor in TESTED_TRL] and is_first_rank():
         logger.warning(
-            "TRL %s is none of the releases that trl_grpo_ext was tested with (%s). What it needs is there; whether all "
-            "of that means the same, only tests can tell.",
+            "TRL %s is none of the releases that trl_grpo_ext was tested with (%s). What it needs is there; whether "
+            "that means the same, only tests can tell.",
             installed,
             ", ".join(TESTED_TRL),
         )
