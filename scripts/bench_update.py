@@ -650,7 +650,7 @@ def agrees(args: BenchArguments, figures: dict[str, Any], of_trl: dict[str, Any]
 def measure(args: BenchArguments, name: str, progress: "tqdm[Any]") -> dict[str, Any]:
     """All figures of a workload."""
     workload = args.workload(name)
-    sides = sides_of(args, workload)
+    sides = dict(sides_of(args, workload))
     rollouts = make_rollouts(args, workload)
     seconds: dict[str, list[float]] = defaultdict(list)
     memory: dict[str, float] = {}
@@ -658,15 +658,14 @@ def measure(args: BenchArguments, name: str, progress: "tqdm[Any]") -> dict[str,
     tokens: dict[str, list[int]] = {}
 
     def measure_memory() -> None:
-        nonlocal sides
-        for side in sides:
+        for side in list(sides):
             progress.set_postfix_str(f"{name}: memory of {side}")
             try:
                 memory[side] = peak_memory(args, name, side)
             except torch.cuda.OutOfMemoryError:
                 if side == QUOTED or not is_ours(side):
                     raise
-                sides = {other: trainer for other, trainer in sides.items() if other != side}
+                del sides[side]
             progress.update()
 
     if args.on_gpu:
@@ -738,7 +737,7 @@ def headline(args: BenchArguments, result: dict[str, Any]) -> dict[str, Any]:
 
 def print_table(args: BenchArguments, results: dict[str, dict[str, Any]]) -> bool:
     """The figures; whether all gradients agree."""
-    theirs = [side for side in next(iter(results.values()))["trainers"] if not is_ours(side)]
+    theirs = [side for side in sides_of(args, args.workload(args.workloads[0])) if not is_ours(side)]
     columns = [
         *("workload", "trainer", "seconds"),
         *([f"ratio to {side}" for side in theirs] if args.on_gpu else ["ratio"]),
@@ -828,7 +827,7 @@ def main(argv: list[str]) -> int:
             except torch.cuda.OutOfMemoryError:
                 too_large.append(name)
             write_results(args, results)  # what is there by now stays, whatever becomes of the others
-    all_agree = print_table(args, results) if results else True
+    all_agree = print_table(args, results)
     if not all_agree:
         print("error: the gradients differ, so there is nothing to compare", file=sys.stderr)
     if too_large:

@@ -22,8 +22,9 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from trl_grpo_ext.screen import show
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,7 +130,7 @@ def main(argv: Sequence[str]) -> int:
     table = Table("TRL", "tests", "skipped")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    show(lambda: table)
     if args.write:
         write_table(rows, ROOT / "README.md")
     return 0 if all(status == 0 for _, status in results.values()) else 1

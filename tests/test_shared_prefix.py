@@ -135,10 +135,12 @@ def by_row(model, ids, mask, width, temperature=1.0):
 
 
 def scores(trainer, ids, mask, width, model=None):
-    """A trainer's log-probabilities and entropies, 0 at padding, for which releases of TRL give different values."""
+    """A trainer's log-probabilities and entropies; TRL's of padding are 0 from 1.15 on, and made so before."""
     forward = trainer._get_per_token_logps_and_entropies
     model = trainer.model if model is None else model  # a compiled one cannot be asked whether it is there
     found = forward(model, ids, mask, width, compute_entropy=True)[:2]
+    if compat.HAS_SCORING_HEAD:
+        return found
     return [values.masked_fill(mask[:, -width:] == 0, 0.0) for values in found]
 
 

@@ -375,12 +375,21 @@ def test_a_forward_is_asked_once(trainer, monkeypatch):
 # What the packed forward relies on
 
 
-def test_one_process_has_one_gpu(policy, tmp_path):
-    """`nn.DataParallel` is refused, by TRL from 1.15 on: losses are divided by the rows of a device."""
+@pytest.mark.parametrize(
+    "trainer_class",
+    [
+        pytest.param(
+            GRPOTrainer, marks=pytest.mark.skipif(not compat.HAS_SCORING_HEAD, reason="TRL refuses it from 1.15 on")
+        ),
+        GRPOExtTrainer,
+    ],
+)
+def test_one_process_has_one_gpu(trainer_class, policy, tmp_path):
+    """TRL refuses `nn.DataParallel`; else losses that are divided by the rows of a device would be wrong here."""
     args = canned_config(tmp_path)
     args._n_gpu = 2
     with pytest.raises(ValueError, match=r"nn\.DataParallel.*accelerate launch"):
-        train_canned(GRPOExtTrainer, args, policy)
+        train_canned(trainer_class, args, policy)
 
 
 @pytest.mark.skipif(not hasattr(GRPOTrainer, "compute_liger_loss"), reason="Liger does not compute this TRL's loss")

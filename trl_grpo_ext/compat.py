@@ -9,6 +9,7 @@ import logging
 import math
 import random
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -395,11 +396,9 @@ def gradient_of_trls_loss(
         per_token_logps (`torch.Tensor`):
             The log-probabilities, which need a gradient.
     """
-    known = {
-        mode: {name: len(values) for name, values in metrics.items()} for mode, metrics in trainer._metrics.items()
-    }
-    was_training, accumulation = trainer.model.training, vars(trainer).get("current_gradient_accumulation_steps")
-    trainer.model.training, trainer.current_gradient_accumulation_steps = True, 1  # of this module alone
+    state, was_training = dict(vars(trainer)), trainer.model.training
+    trainer.model.training = True  # of this module alone: what the loss asks
+    trainer.current_gradient_accumulation_steps, trainer._metrics = 1, {"train": defaultdict(list)}
     scores = per_token_logps, torch.zeros_like(per_token_logps), None
     try:
         with _replaced_forward(trainer, lambda *args, **kwargs: scores), torch.enable_grad():
@@ -407,15 +406,8 @@ def gradient_of_trls_loss(
         (gradient,) = torch.autograd.grad(loss, per_token_logps)
     finally:
         trainer.model.training = was_training
-        if accumulation is None:
-            del trainer.current_gradient_accumulation_steps
-        else:
-            trainer.current_gradient_accumulation_steps = accumulation
-        for mode, metrics in trainer._metrics.items():
-            for name in list(metrics):
-                del metrics[name][known[mode].get(name, 0) :]
-                if name not in known[mode]:
-                    del metrics[name]
+        del trainer.current_gradient_accumulation_steps, trainer._metrics
+        vars(trainer).update(state)
     return gradient
 
 

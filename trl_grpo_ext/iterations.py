@@ -402,14 +402,10 @@ class MultiIterationMixin(OrderedMixin):
                 if weights.size(1) > 1:  # of padding too
                     weights = weights.masked_fill(rows["completion_mask"] == 0, 1.0)
                 rows["importance_sampling_ratio"] = weights
-            num_tokens = rows["num_items_in_batch"] / self.accelerator.num_processes / args.steps_per_generation
-            divides_by_step = LOSS_TYPES[self.loss_type].normalizer == "step_tokens"
             expected = compat.gradient_of_trls_loss(self, rows, logps)
             with torch.enable_grad():
-                output = self._output_of_objective(
-                    rows, logps, rows["old_per_token_logps"], num_tokens=num_tokens if divides_by_step else None
-                )
-            (found,) = torch.autograd.grad(output.loss, logps)
+                loss = self._objective_of(rows, logps, rows["old_per_token_logps"], accumulation=1).loss
+            (found,) = torch.autograd.grad(loss, logps)
             if expected[rows["completion_mask"] == 0].any():  # what that is depends on how rows are padded
                 raise ValueError(
                     f"loss_type={self.loss_type!r}: TRL {compat.RELEASE} gives padding a gradient with "
@@ -490,15 +486,10 @@ class MultiIterationMixin(OrderedMixin):
             old_per_token_logps = per_token_logps.detach()
         if compat.corrects_sampling(self) and inputs.get("importance_sampling_ratio") is None:
             inputs = {**inputs, "importance_sampling_ratio": self._sampling_weights(inputs, old_per_token_logps)}
-        accumulation, num_tokens = self.current_gradient_accumulation_steps, None
-        divides_by_step = LOSS_TYPES[self.loss_type].normalizer == "step_tokens"
-        if divides_by_step:
-            # of an optimizer step on this process: `num_items_in_batch` counts the generation batch on all of them
-            num_tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-            num_tokens = num_tokens * accumulation / self.args.steps_per_generation
+        accumulation = self.current_gradient_accumulation_steps
         num_rows = rollouts.padded_shape[0] if rollouts.is_arranged else None
-        output = self._output_of_objective(
-            inputs, per_token_logps, old_per_token_logps, num_rows=num_rows, num_tokens=num_tokens
+        output = self._objective_of(
+            inputs, per_token_logps, old_per_token_logps, accumulation=accumulation, num_rows=num_rows
         )
         statistics = objective_statistics(
             output,
@@ -510,17 +501,26 @@ class MultiIterationMixin(OrderedMixin):
         )
         self._pass_statistics.observe(statistics, rollouts.iteration(step), replaces_trls=True)
         self._loss_logps, self._has_own_statistics = per_token_logps.detach(), True
-        return output.loss if divides_by_step else output.loss / accumulation
+        return output.loss if self._divides_by_step_tokens() else output.loss / accumulation
 
-    def _output_of_objective(
+    def _divides_by_step_tokens(self) -> bool:
+        return LOSS_TYPES[self.loss_type].normalizer == "step_tokens"
+
+    def _objective_of(
         self,
         inputs: dict[str, Any],
         per_token_logps: torch.Tensor,
         old_per_token_logps: torch.Tensor,
         *,
+        accumulation: int,
         num_rows: int | None = None,
-        num_tokens: torch.Tensor | None = None,
     ) -> ObjectiveOutput:
+        """The objective of a micro-batch, of which an optimizer step has `accumulation`; see [`ClippedObjective`]."""
+        num_tokens = None
+        if self._divides_by_step_tokens():
+            # of an optimizer step on this process: `num_items_in_batch` counts the generation batch on all of them
+            num_tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            num_tokens = num_tokens * accumulation / self.args.steps_per_generation
         return self._objective()(
             per_token_logps,
             old_per_token_logps,
