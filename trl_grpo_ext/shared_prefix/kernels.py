@@ -7,14 +7,14 @@ FlashAttention (https://huggingface.co/papers/2205.14135) puts its blocks togeth
 log-sum-exp of a query over *all* that it saw: from these it computes the weights again, and so gives the gradient of
 each part of what the query saw.
 
-Devices differ by the [`Kernel`] alone. To autograd and to `torch.compile` all of it is one operator,
-`trl_grpo_ext::packed_attention`, so that neither the number of sequences nor their lengths are in a graph.
+Devices differ by the [`Kernel`] alone. To `torch.compile` all of it is one operator, `trl_grpo_ext::packed_attention`,
+so that neither the number of sequences nor their lengths are in a graph; to autograd, one function.
 """
 
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -456,8 +456,7 @@ def merged_backward(
     return of_query, of_key, of_value
 
 
-@torch.library.custom_op("trl_grpo_ext::packed_attention", mutates_args=())
-def _packed_attention(
+def _forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -477,14 +476,12 @@ def _packed_attention(
     return output.contiguous(), log_sum_exp.contiguous()  # as compilers are told
 
 
-@_packed_attention.register_fake
-def _(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_forward(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(query.shape), query.new_empty((query.size(1), query.size(0)), dtype=wide)
 
 
-@torch.library.custom_op("trl_grpo_ext::packed_attention_backward", mutates_args=())
-def _packed_attention_backward(
+def _gradients(
     gradient: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -508,8 +505,9 @@ def _packed_attention_backward(
     return gradients[0].contiguous(), gradients[1].contiguous(), gradients[2].contiguous()
 
 
-@_packed_attention_backward.register_fake
-def _(gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any) -> Any:
+def _fake_gradients(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any
+) -> Any:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
@@ -519,12 +517,33 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.save_for_backward(query, key, value, *output, pieces, prefix_queries, prefix_keys)
 
 
-def _backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    gradients = _packed_attention_backward(gradient, *ctx.saved_tensors, *ctx.numbers)
+def _backward(compute: Callable[..., tuple[torch.Tensor, ...]], ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    gradients = compute(gradient, *ctx.saved_tensors, *ctx.numbers)
     return (*gradients, *(None,) * (len(ctx.needs_input_grad) - 3))
 
 
-_packed_attention.register_autograd(_backward, setup_context=_setup_context)
+_operator = torch.library.custom_op("trl_grpo_ext::packed_attention", _forward, mutates_args=())
+_operator_backward = torch.library.custom_op("trl_grpo_ext::packed_attention_backward", _gradients, mutates_args=())
+_operator.register_fake(_fake_forward)
+_operator_backward.register_fake(_fake_gradients)
+_operator.register_autograd(
+    lambda ctx, gradient, _: _backward(_operator_backward, ctx, gradient), setup_context=_setup_context
+)
+
+
+class _Function(torch.autograd.Function):
+    """The operator without its way through the dispatcher, which takes a host longer than launching a short row."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[Any, ...]:
+        return _backward(_gradients, ctx, gradient)
 
 
 def packed_attention(
@@ -547,7 +566,9 @@ def packed_attention(
             `(N, heads, size)`.
     """
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    output: torch.Tensor = _packed_attention(query, key, value, *Calls.of(layout), scale)[0]
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    attend = _operator if torch.compiler.is_compiling() else _Function.apply
+    output: torch.Tensor = attend(query, key, value, *Calls.of(layout), scale)[0]
     return output
 
 
