@@ -69,7 +69,7 @@ LEFT_OUT = ("TORCHDYNAMO_DISABLE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 # The demo gains 60 points on a CPU, with other random numbers.
 DEMO_GAIN = 0.3
 
-LIMITS_S = {"tests": 390, "update, qwen2.5-0.5b": 240, "update, qwen2.5-1.5b": 390, "demo": 170}
+LIMITS_S = {"tests": 300, "update, qwen2.5-0.5b": 330, "update, qwen2.5-1.5b": 420, "demo": 120}
 SECONDS_FOR_EVALUATIONS = 1800  # at both ends of a training, and for loading
 SECONDS_FOR_THE_REST = 10  # of what a part has said, once it has ended
 LONGEST_REASON_CHARS = 300
