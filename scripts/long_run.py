@@ -7,8 +7,9 @@
 Starts `recipes/gsm8k.py` as users do, with `trl-grpo-ext launch`, and looks at its processes from outside while it
 trains; options that are not this script's are the recipe's. Compares what they have at the end of training with what
 they had from step 200 on, when caches are full: memory may be 5 % more, threads, files and processes none, and a step
-may take 5 % longer. Prints a table, writes `long_run.json` and `long_run.png` into the output folder beside the run's
-own, and ends with status 1 if something has grown.
+may take 5 % longer. Memory is the least of 100 steps: with each checkpoint a run gives back what it has freed, and
+what a step works with, which comes on top until then, is shown beside it. Prints a table, writes `long_run.json` and
+`long_run.png` into the output folder beside the run's own, and ends with status 1 if something has grown.
 
 The learning rate is next to nothing unless it is given: a policy that learns writes other lengths and leaves other
 rows out, and memory and time of a step follow it. Other work on the machine makes step times worthless, and nothing
@@ -91,7 +92,7 @@ class Verdict:
         quantity (`str`):
             What it is, with its unit.
         before (`float`), after (`float`):
-            Medians over a few steps behind the first ones, and over the last ones.
+            Over a few steps behind the first ones, and over the last ones: medians, of memory the least.
         allowed (`float`, *optional*):
             By which share it may have grown; `None` if that is nobody's concern.
     """
@@ -187,14 +188,18 @@ def judge(
             "compare their beginning with their end: give more --steps, or a smaller --every_s"
         )
 
-    def of(value: Callable[[Sample], float]) -> tuple[float, float]:
-        return statistics.median(map(value, early)), statistics.median(map(value, late))
+    def of(value: Callable[[Sample], float], over: Callable[..., float] = statistics.median) -> tuple[float, float]:
+        return over(map(value, early)), over(map(value, late))
+
+    def resident(sample: Sample) -> float:
+        return sample.resident_bytes / MIB
 
     step_seconds = statistics.median(timed[:of_timed]), statistics.median(timed[-of_timed:])
     processor_seconds = _processor_time(seen[: of_seen + 1]), _processor_time(seen[-of_seen - 1 :])
     compared: list[tuple[str, tuple[float, float], float | None]] = [
-        ("memory, MiB", of(lambda sample: sample.resident_bytes / MIB), memory),
-        ("memory without files, MiB", of(lambda sample: sample.allocated_bytes / MIB), memory),
+        ("memory, MiB", of(resident, min), memory),
+        ("memory without files, MiB", of(lambda sample: sample.allocated_bytes / MIB, min), memory),
+        ("memory with a step's work, MiB", of(resident), None),
         ("threads", of(lambda sample: sample.threads), 0.0),
         ("open files", of(lambda sample: sample.files), 0.0),
         ("processes", of(lambda sample: sample.processes), 0.0),
@@ -256,7 +261,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--steps", type=int, default=2000, help="Optimizer steps.")
     parser.add_argument("--first_step", type=int, default=200, help="From which step on nothing is to grow.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/long-run"))
-    parser.add_argument("--every_s", type=float, default=1.0, help="Seconds between two looks at the processes.")
+    parser.add_argument("--every_s", type=float, default=0.25, help="Seconds between two looks at the processes.")
     parser.add_argument("--memory", type=float, default=0.05, help="By which share memory may grow.")
     parser.add_argument("--step_time", type=float, default=0.05, help="By which share the time of a step may grow.")
     args, of_recipe = parser.parse_known_args(argv)
