@@ -48,6 +48,10 @@ class GRPOExtConfig(GRPOConfig):
             It pays where a micro-batch does not fill the device: packed rows of a small model on a GPU. On a CPU half
             the tokens take half the time, and under ZeRO-3 a micro-batch without rows still gathers all weights.
             Applies where rows can be dealt out: to TRL's own loss with every `loss_type` but bnpo.
+        balance_ranks (`bool`, *optional*, defaults to `True`):
+            With several processes, deal the rows of an optimizer step out over all of them, so that each has about
+            equal work, because a step takes as long as the slowest. Loss and gradient are the same. Applies where rows
+            can be dealt out, as `tokens_per_micro_batch` does.
         check_references (`bool`, *optional*, defaults to `True`):
             Raise when the trainer is made if this package's answer rewards cannot grade the first rows of the data
             sets: a column that is missing, references that do not get full marks. `False` is for trainers that make
@@ -90,6 +94,13 @@ class GRPOExtConfig(GRPOConfig):
         metadata={
             "help": "Deal the rows of an optimizer step out to as few of its micro-batches as can be with at most so "
             "many tokens each; the gradient is the same. 'auto': as many as TRL's padded micro-batch has."
+        },
+    )
+    balance_ranks: bool = field(
+        default=True,
+        metadata={
+            "help": "With several processes, deal the rows of an optimizer step out over all of them, about as much "
+            "work to each; the gradient is the same."
         },
     )
     check_references: bool = field(
@@ -215,7 +226,7 @@ def _check_tokens_per_micro_batch(args: GRPOConfig) -> None:
 _INDIFFERENT_TO_ROLLOUTS = frozenset(
     {
         *("trust_remote_code", "num_generations_eval", "ds3_gather_for_generation", "save_rollouts", "target_kl"),
-        *("check_references", "record_run", "diagnose"),
+        *("check_references", "record_run", "diagnose", "balance_ranks"),  # rows are where they were dealt out by then
         *("log_completions", "log_multimodal", "num_completions_to_print", "log_unique_prompts"),
         *("log_completions_hub_repo", "vllm_server_base_url", "vllm_server_host", "vllm_server_port"),
         *("vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"),

@@ -26,9 +26,10 @@ from .metrics import (
 from .mixin_order import OrderedMixin
 from .objective import LOSS_TYPES, ClippedObjective, ObjectiveOutput, clipped_places, sampling_weights
 from .passes import PassStatistics, can_shorten, exceeds_target, window_within_pass
-from .ranks import is_so_anywhere
+from .ranks import is_so_anywhere, ranks_with_the_same_rows
 from .rollouts import (
     FOLDER,
+    Ranks,
     RolloutBuffer,
     carries_gradient,
     column_advantages,
@@ -37,6 +38,8 @@ from .rollouts import (
     logps_of_completions,
     loss_mask,
     save_no_rollouts,
+    slowest_over_mean,
+    work_of_a_pair,
 )
 from .shared_prefix.mixin import SharedPrefixMixin
 
@@ -63,8 +66,12 @@ class MultiIterationMixin(OrderedMixin):
     - deals rows out to fewer and fuller micro-batches (`tokens_per_micro_batch`), and reports of an optimizer step's
       micro-batches on this process how many have a row, `update/micro_batches_used`, and the tokens of the fullest,
       `update/tokens_of_fullest`, wherever rows are dealt out;
-    - reports of a generation batch, among several processes, `update/slowest_rank`: the tokens that a pass computes on
-      the process with most of them, over their mean. The others wait for it;
+    - deals the rows of an optimizer step out over all processes, about equal work to each (`balance_ranks`), and
+      reports of a generation batch `update/rows_moved`, of all processes, and of this one `update/exchange_s` and
+      `update/exchange_mb`;
+    - reports of a generation batch, among several processes, `update/slowest_rank`: the tokens of the process that has
+      most of them in an optimizer step, over their mean, and `update/slowest_rank_unbalanced`, what it would have been
+      had rows stayed where they were generated. The others wait for it;
     - reports TRL's own metrics of the loss (clip ratios, KL, entropy) once an optimizer step, weighed by tokens. The
       clip ratios are TRL's, whose denominators count completions without an advantage that were left out too; the
       entropy is that of the completions that were computed;
@@ -172,14 +179,51 @@ class MultiIterationMixin(OrderedMixin):
         how = self._how_to_deal(rollouts)
         may_move = self._may_move_rows(rollouts)
         self._fast_paths["rows_left_out"] = self._why_rows_are_computed(window, may_move) or ("on" if skips else "off")
-        if window is not None and may_move and (skips or how["by_prompt"] or how["most_tokens"] is not None):
+        ranks = self._ranks_to_deal_to(window, may_move)
+        deals = skips or how["by_prompt"] or how["most_tokens"] is not None or ranks is not None
+        if window is not None and may_move and deals:
             rollouts.arrange(
-                window, skip_zero_advantage=skips, skip_zero_weight=self._zero_weight_is_no_gradient(), **how
+                window,
+                skip_zero_advantage=skips,
+                skip_zero_weight=self._zero_weight_is_no_gradient(),
+                ranks=ranks,
+                **how,
             )
             compat.append_metric(self, "update/rows_skipped", float(rollouts.num_skipped))
+            self._report_exchange(rollouts, ranks)
         self._report_tokens_per_micro_batch(rollouts, may_move)
-        self._report_slowest_rank(rollouts)
+        self._report_slowest_rank(rollouts, window)
         return rollouts
+
+    def _ranks_to_deal_to(self, window: int | None, may_move: bool) -> Ranks | None:
+        """The processes, if rows are dealt out over them."""
+        if self.accelerator.num_processes == 1:
+            return None
+        reason = None
+        if not extension_setting(self.args, "balance_ranks"):
+            reason = "off"
+        elif not may_move:
+            reason = f"off: {self.why_rows_stay() or 'these rows are not of text alone'}"
+        elif window is None:
+            reason = "off: passes and optimizer steps do not line up"
+        elif (sharers := ranks_with_the_same_rows(self.accelerator)) is not None:
+            reason = f"off: with {sharers} several processes compute the same rows"
+        self._fast_paths["balance_ranks"] = reason or "on"
+        if reason is not None:
+            return None
+        config = self.accelerator.unwrap_model(self.model, keep_torch_compile=False).config.get_text_config()
+        return Ranks(self.accelerator, getattr(config, "pad_token_id", None) or 0, work_of_a_pair(config))
+
+    def _report_exchange(self, rollouts: RolloutBuffer, ranks: Ranks | None) -> None:
+        """What it took to deal rows out over processes, of a generation batch."""
+        figures = rollouts.exchange
+        if figures is not None:
+            compat.append_metric(self, "update/rows_moved", float(figures.num_moved))
+            compat.append_metric(self, "update/exchange_s", figures.seconds)
+            compat.append_metric(self, "update/exchange_mb", figures.sent_bytes / 1e6)
+            compat.append_metric(self, "update/slowest_rank_unbalanced", figures.slowest_before)
+        elif ranks is not None:
+            self._fast_paths["balance_ranks"] = "off: processes have rows of different kinds"
 
     def _why_rows_are_computed(self, window: int | None, may_move: bool) -> str | None:
         """Why completions without a gradient are computed, where the setting for it does not say so."""
@@ -189,16 +233,18 @@ class MultiIterationMixin(OrderedMixin):
             return f"off: {self.why_rows_stay() or 'these rows are not of text alone'}"
         return None if window is not None else "off: passes and optimizer steps do not line up"
 
-    def _report_slowest_rank(self, rollouts: RolloutBuffer) -> None:
+    def _report_slowest_rank(self, rollouts: RolloutBuffer, window: int | None) -> None:
+        """Tokens of the slowest process of each optimizer step, which the others wait for, over their mean."""
         if self.accelerator.num_processes == 1:
             return
         by_prompt = self._arranges_by_prompt(rollouts)
         if rollouts.is_arranged or by_prompt:
-            tokens = sum(rollouts.num_tokens(index, by_prompt) for index in range(len(rollouts)))
+            tokens = [rollouts.num_tokens(index, by_prompt) for index in range(len(rollouts))]
         else:
-            tokens = len(rollouts) * math.prod(rollouts.padded_shape)
-        of_ranks = self.accelerator.gather(torch.tensor([float(tokens)], device=self.accelerator.device))
-        compat.append_metric(self, "update/slowest_rank", (of_ranks.max() / of_ranks.mean()).item())
+            tokens = [math.prod(rollouts.padded_shape)] * len(rollouts)
+        of_steps = torch.tensor(tokens, device=self.accelerator.device).view(-1, window or len(rollouts)).sum(1)
+        of_ranks = self.accelerator.gather(of_steps.unsqueeze(0)).cpu().numpy()
+        compat.append_metric(self, "update/slowest_rank", slowest_over_mean(of_ranks.T))
 
     def _take_old_policy_forwards(self, rollouts: RolloutBuffer) -> None:
         """Of the micro-batches for which the first pass is not the old policy's."""
@@ -249,9 +295,10 @@ class MultiIterationMixin(OrderedMixin):
 
     def _how_to_deal(self, rollouts: RolloutBuffer) -> dict[str, Any]:
         """What [`RolloutBuffer.arrange`] goes by whenever it deals out rows."""
-        tokens = tokens_per_micro_batch(self.args)
-        most_tokens = math.prod(rollouts.padded_shape) if tokens == "auto" else tokens
-        return {"by_prompt": self._arranges_by_prompt(rollouts), "most_tokens": most_tokens}
+        return {
+            "by_prompt": self._arranges_by_prompt(rollouts),
+            "most_tokens": tokens_per_micro_batch(self.args),
+        }
 
     def _report_tokens_per_micro_batch(self, rollouts: RolloutBuffer, may_move: bool) -> None:
         """Say once where `tokens_per_micro_batch` does nothing, or is exceeded."""

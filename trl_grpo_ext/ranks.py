@@ -139,6 +139,13 @@ def is_so_anywhere(accelerator: Accelerator, condition: bool) -> bool:
     return bool(accelerator.reduce(found, reduction="sum").item() > 0)
 
 
+def ranks_with_the_same_rows(accelerator: Accelerator) -> str | None:
+    """What makes several processes compute the same rows, by accelerate's name for it; `None` if nothing does."""
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    sizes = ((name, getattr(parallelism, name, 1)) for name in ("tp_size", "cp_size", "sp_size", "pp_size"))
+    return next((f"{name}={size}" for name, size in sizes if (size or 1) > 1), None)
+
+
 def is_lost_connection(error: BaseException) -> bool:
     """Whether a collective call failed because another process is gone; gloo raises a plain `RuntimeError`."""
     return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -1,6 +1,8 @@
 """The rows of a generation batch: what is known of them, where they are computed, and what a checkpoint keeps."""
 
+from .balance import slowest_over_mean, work_of_a_pair
 from .buffer import RolloutBuffer, load_matching_rollouts
+from .exchange import Ranks
 from .files import FOLDER, RolloutError, rollout_files, save_no_rollouts
 from .rows import (
     MicroBatch,
@@ -15,6 +17,7 @@ from .rows import (
 __all__ = [
     "FOLDER",
     "MicroBatch",
+    "Ranks",
     "RolloutBuffer",
     "RolloutError",
     "carries_gradient",
@@ -25,4 +28,6 @@ __all__ = [
     "loss_mask",
     "rollout_files",
     "save_no_rollouts",
+    "slowest_over_mean",
+    "work_of_a_pair",
 ]

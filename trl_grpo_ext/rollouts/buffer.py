@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
@@ -14,6 +14,7 @@ from .. import compat
 from ..metrics import LeftOut
 from ..shared_prefix.layout import PackedLayout, lay_out, on_device, to_device
 from .arrange import even_shares, fewest_padded_shares, fewest_shares_by_prompt, packed_tokens, shares_by_prompt
+from .exchange import ExchangeFigures, Ranks, balance
 from .files import FORMAT, RolloutError, read_rollouts, rollout_files, write_rollouts
 from .rows import (
     EMPTY_ROW,
@@ -62,6 +63,10 @@ class RolloutBuffer(Sequence[MicroBatch]):
             Whether rows without a weight are left out, if there are any; as `is_arranged` the same on all processes.
         padded_shape (`tuple[int, int]`):
             Rows and tokens of a row, padding included, of a micro-batch as TRL made it.
+        padded_tokens (`int`):
+            Tokens of such a micro-batch; of the largest of any process where rows have moved between them.
+        exchange ([`ExchangeFigures`] or `None`):
+            What it took to move rows between processes, if that was done.
     """
 
     def __init__(self, micro_batches: Sequence[MicroBatch], start_step: int = 0) -> None:
@@ -75,6 +80,8 @@ class RolloutBuffer(Sequence[MicroBatch]):
         ) and not any("pixel" in key or "token_type" in key for key in self._micro_batches[0])
         first = self._micro_batches[0]
         self.padded_shape = (num_rows(first), first["prompt_ids"].size(1) + first["completion_ids"].size(1))
+        self.padded_tokens = math.prod(self.padded_shape)
+        self.exchange: ExchangeFigures | None = None
         self._empty: set[int] = set()  # micro-batches that hold a placeholder
         self._left_out: dict[int, LeftOut] = {}  # by the first micro-batch of the optimizer step they belong to
         # Found once, because the host waits for the device then; see `_rows_on_host`, `forward_inputs`, `layout_of`.
@@ -238,9 +245,10 @@ class RolloutBuffer(Sequence[MicroBatch]):
         skip_zero_advantage: bool,
         by_prompt: bool,
         skip_zero_weight: bool = False,
-        most_tokens: int | None = None,
+        most_tokens: int | Literal["auto"] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """Deal the rows of each optimizer step out to its micro-batches anew.
+        """Deal the rows of each optimizer step out to its micro-batches anew, and to processes if these are given.
 
         A micro-batch that gets no row keeps one of a single prompt token and a single completion token that does not
         count: its loss is 0, and it takes part in every forward, backward and collective call.
@@ -255,18 +263,21 @@ class RolloutBuffer(Sequence[MicroBatch]):
                 more tokens than one had with padding. Otherwise micro-batches get equally many rows.
             skip_zero_weight (`bool`, *optional*, defaults to `False`):
                 Then also leave out those without a weight, as far as weights are known.
-            most_tokens (`int`, *optional*):
+            most_tokens (`int` or `"auto"`, *optional*):
                 Deal the rows out to as few micro-batches as can be with at most so many tokens each, padding included
-                where rows are not brought together by prompt. A row that is longer gets a micro-batch of its own;
-                where there are too few micro-batches, rows are dealt out as without it.
+                where rows are not brought together by prompt; `"auto"`: as many as one had with padding. A row that is
+                longer gets a micro-batch of its own; where there are too few micro-batches, rows are dealt out as
+                without it.
+            ranks ([`Ranks`], *optional*):
+                Deal the rows of all processes out to them first, so that each has about equal work in each optimizer
+                step. All processes call this together. Rows stay where they are if these are of different kinds.
         """
         self.is_arranged, self.skips_rows_without_weight = True, skip_zero_advantage and skip_zero_weight
         functions = (carries_gradient, has_weight, lambda rows: loss_mask(rows).sum(1)) if skip_zero_advantage else ()
         self._known, of_batches = self._copied_to_host(*functions)
-        deals = []
-        for targets in self._windows(window):
-            known = [row for index in targets for row in self._known[index]]
-            is_kept = torch.ones(len(known), dtype=torch.bool)
+        windows, kept = self._windows(window), []
+        for targets in windows:
+            is_kept = torch.ones(sum(len(self._known[index]) for index in targets), dtype=torch.bool)
             if skip_zero_advantage:
                 is_live, weighs, tokens = map(torch.cat, zip(*(of_batches[index] for index in targets), strict=True))
                 is_live = is_live.bool()
@@ -278,16 +289,59 @@ class RolloutBuffer(Sequence[MicroBatch]):
                     int(left_out.sum()),
                     int((is_live & ~is_kept).sum()),
                 )
+            kept.append(is_kept)
+        how: dict[str, Any] = {"by_prompt": by_prompt, "most_tokens": most_tokens}
+        if ranks is not None and self._deal_out_to_ranks(windows, kept, ranks, **how):
+            return
+        deals = []
+        for targets, is_kept in zip(windows, kept, strict=True):
             rows = concatenate([self._micro_batches[index] for index in targets])
+            known = [row for index in targets for row in self._known[index]]
             order = is_kept.nonzero().flatten().tolist()
-            deals.append(_Deal(rows, known, self._shares(known, order, targets, by_prompt, most_tokens)))
+            deals.append(_Deal(rows, known, self._shares(rows, known, order, targets, **how)))
         self._deal_out(deals)
 
-    def leave_out_rows_without_weight(self, window: int, *, by_prompt: bool, most_tokens: int | None = None) -> None:
+    def _deal_out_to_ranks(
+        self,
+        windows: Sequence[range],
+        kept: Sequence[torch.Tensor],
+        ranks: Ranks,
+        *,
+        by_prompt: bool,
+        most_tokens: int | Literal["auto"] | None,
+    ) -> bool:
+        """Deal rows out to all processes, and then to micro-batches; `False`, and nothing done, if they cannot be."""
+        steps = [step for step, is_kept in enumerate(kept) for _ in is_kept]
+        balanced = balance(
+            concatenate(self._micro_batches),
+            [row for of_batch in self._rows_on_host() for row in of_batch],
+            steps,
+            torch.cat(list(kept)).tolist(),
+            ranks,
+            by_prompt=by_prompt,
+            padded_tokens=self.padded_tokens,
+        )
+        if balanced is None:
+            return False
+        rows, known = balanced.rows, balanced.known
+        self.padded_tokens, self.exchange = balanced.padded_tokens, balanced.figures
+        deals = []
+        for targets, order in zip(windows, balanced.orders, strict=True):
+            shares = self._shares(rows, known, order, targets, by_prompt=by_prompt, most_tokens=most_tokens)
+            # Where all processes come together in each micro-batch (ZeRO-2 and 3, FSDP), the fullest of each go
+            # together too.
+            fullest_first = sorted(shares.values(), key=lambda share: -sum(known[row].used_columns for row in share))
+            deals.append(_Deal(rows, known, dict(zip(targets, fullest_first, strict=True))))
+        self._deal_out(deals)
+        return True
+
+    def leave_out_rows_without_weight(
+        self, window: int, *, by_prompt: bool, most_tokens: int | Literal["auto"] | None = None
+    ) -> None:
         """Leave out the rows of which no token has a weight, now that weights are known of some optimizer steps more.
 
         Args:
-            window (`int`), by_prompt (`bool`), most_tokens (`int`, *optional*):
+            window (`int`), by_prompt (`bool`), most_tokens (`int` or `"auto"`, *optional*):
                 As in [`~RolloutBuffer.arrange`], which has left out those without a gradient.
         """
         self.skips_rows_without_weight = True
@@ -309,10 +363,11 @@ class RolloutBuffer(Sequence[MicroBatch]):
                 known = [row for index in full for row in self._rows_on_host()[index]]
                 rows = concatenate([self._micro_batches[index] for index in full])
                 order = is_kept.nonzero().flatten().tolist()
-                deals.append(_Deal(rows, known, self._shares(known, order, targets, by_prompt, most_tokens)))
+                shares = self._shares(rows, known, order, targets, by_prompt=by_prompt, most_tokens=most_tokens)
+                deals.append(_Deal(rows, known, shares))
         self._deal_out(deals)
 
-    def shuffle(self, window: int, *, by_prompt: bool, most_tokens: int | None = None) -> None:
+    def shuffle(self, window: int, *, by_prompt: bool, most_tokens: int | Literal["auto"] | None = None) -> None:
         """Deal all rows out to the optimizer steps anew, at random (torch's generator on the CPU).
 
         Not while the old policy's log-probabilities are known for some rows only, which is so when passes began in the
@@ -328,7 +383,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
         orders = even_shares(torch.randperm(len(known)).tolist(), len(windows))
         shares: dict[int, Sequence[int]] = {}
         for targets, order in zip(windows, orders, strict=True):
-            shares.update(self._shares(known, order, targets, by_prompt, most_tokens))
+            shares.update(self._shares(rows, known, order, targets, by_prompt=by_prompt, most_tokens=most_tokens))
         self._deal_out([_Deal(rows, known, shares)])
 
     def _windows(self, window: int) -> list[range]:
@@ -336,22 +391,26 @@ class RolloutBuffer(Sequence[MicroBatch]):
 
     def _shares(
         self,
+        rows: MicroBatch,
         known: Sequence[RowOnHost],
         order: Sequence[int],
         targets: range,
+        *,
         by_prompt: bool,
-        most_tokens: int | None,
+        most_tokens: int | Literal["auto"] | None,
     ) -> dict[int, Sequence[int]]:
         """Which of the rows `order` each of the micro-batches `targets` gets."""
-        rows = [row.row for row in known if row.row is not None]
+        to_pack = [row.row for row in known if row.row is not None]
         number, shares = len(targets), None
-        if by_prompt and len(rows) == len(known):
+        if most_tokens == "auto":
+            most_tokens = self.padded_tokens
+        if by_prompt and len(to_pack) == len(known):
             if most_tokens is not None:
-                shares = fewest_shares_by_prompt(rows, order, number, most_tokens)
+                shares = fewest_shares_by_prompt(to_pack, order, number, most_tokens)
             if shares is None:
-                shares = shares_by_prompt(rows, order, number, math.prod(self.padded_shape))
+                shares = shares_by_prompt(to_pack, order, number, self.padded_tokens)
         elif most_tokens is not None:
-            prompt_columns = self._micro_batches[0]["prompt_ids"].size(1)
+            prompt_columns = rows["prompt_ids"].size(1)
             widths = [prompt_columns + max(1, row.used_columns) for row in known]
             shares = fewest_padded_shares(widths, order, number, most_tokens)
         return dict(zip(targets, shares or even_shares(order, number), strict=True))
@@ -416,6 +475,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
             "skips_rows_without_weight": self.skips_rows_without_weight,
             "left_out": {index: asdict(left_out) for index, left_out in self._left_out.items()},
             "padded_shape": self.padded_shape,
+            "padded_tokens": self.padded_tokens,
             "empty": sorted(self._empty),
             "micro_batches": others,
             **state,
@@ -448,6 +508,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
         buffer.skips_rows_without_weight = content.get("skips_rows_without_weight", False)
         buffer._left_out = {int(index): LeftOut(**left_out) for index, left_out in content["left_out"].items()}
         buffer.padded_shape = tuple(content["padded_shape"])
+        buffer.padded_tokens = content.get("padded_tokens", math.prod(buffer.padded_shape))
         buffer._empty = set(content["empty"])
         return buffer, content
 
