@@ -28,11 +28,16 @@ class CannedRollouts:
     """A `rollout_func`: random tokens, drawn as a sampler draws them, from torch's generator.
 
     With `sampler_noise` it comes with a sampler's log-probabilities: the policy's, away from them by so many nats
-    (standard deviation), and some are missing.
+    (standard deviation), and some are missing. Lengths are from 1 token to the longest, or between those given.
     """
 
-    def __init__(self, tool_masks: bool = False, sampler_noise: float | None = None) -> None:
-        self.tool_masks, self.sampler_noise = tool_masks, sampler_noise
+    def __init__(
+        self,
+        tool_masks: bool = False,
+        sampler_noise: float | None = None,
+        lengths: tuple[int, int] = (1, MAX_COMPLETION_LENGTH),
+    ) -> None:
+        self.tool_masks, self.sampler_noise, self.lengths = tool_masks, sampler_noise, lengths
         self.num_calls = 0
 
     def __call__(self, prompts, trainer):
@@ -41,7 +46,7 @@ class CannedRollouts:
         tokenizer = trainer.processing_class
         completion_ids = []
         for _ in prompts:
-            length = numbers.randint(1, MAX_COMPLETION_LENGTH)
+            length = numbers.randint(*self.lengths)
             ids = [numbers.randrange(65, 91) for _ in range(length)]
             if length < MAX_COMPLETION_LENGTH or numbers.random() < 0.5:
                 ids[-1] = tokenizer.eos_token_id
@@ -231,6 +236,7 @@ def train_canned(
     reward=canned_reward,
     resume=None,
     callbacks=(),
+    lengths=(1, MAX_COMPLETION_LENGTH),
     **options,
 ) -> Run:
     """Train the checkpoint `model`, from the checkpoint `resume` if there is one.
@@ -246,7 +252,7 @@ def train_canned(
             args=args,
             train_dataset=canned_prompts(kinds),
             processing_class=tiny_tokenizer(),
-            rollout_func=CannedRollouts(tool_masks, sampler_noise),
+            rollout_func=CannedRollouts(tool_masks, sampler_noise, lengths),
             callbacks=[norms, *callbacks],
             **options,
         )

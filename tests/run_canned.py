@@ -4,11 +4,13 @@ The settings are those of one run, or `{"runs": [...]}`; `resume` is a checkpoin
 leaves its weights in `final.safetensors`, and what each process ran on and saw in `rank-N.json`.
 """
 
+import functools
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from canned import KINDS, Run, canned_config, canned_prompts, canned_reward, tra
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
+from torch import distributed
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -27,6 +30,7 @@ from trl_grpo_ext.trainer import GRPOExtTrainer
 
 
 RANK = int(os.environ.get("RANK", "0"))
+COUNTS: Counter[str] = Counter()  # of the run's collective calls
 
 
 class Kill(TrainerCallback):
@@ -54,6 +58,35 @@ class Stay(TrainerCallback):
 
 def reward_that_fails(prompts, completion_ids, **kwargs):
     raise ZeroDivisionError("this reward cannot divide")
+
+
+def reward_of_a_dead_rank(prompts, completion_ids, **kwargs):
+    return [1.0] * len(prompts)
+
+
+CALLS = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_to_all_single",
+    "broadcast",
+    "reduce_scatter_tensor",
+)
+
+
+def count_calls() -> None:
+    """Count the collective calls of this process from now on, but for those that wrappers make in C++."""
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            COUNTS[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in CALLS:
+        setattr(distributed, name, counted(name, getattr(distributed, name)))
 
 
 def with_images_on(rank: int, trainer_class: type) -> type:
@@ -115,6 +148,7 @@ def leave_behind(run: Run, folder: Path) -> None:
         "packs": getattr(run.trainer, "packs", False),
         "forwards": [[forward.tokens, forward.has_gradient] for forward in run.forwards],
         "log": run.log,
+        "calls": dict(COUNTS),
         "evaluated": sorted(run.trainer.evaluation.history) if hasattr(run.trainer, "evaluation") else None,
         "sharding": sharding(wrapped) if hasattr(wrapped, "zero_optimization_stage") else None,
     }
@@ -137,6 +171,12 @@ def train(settings: dict[str, Any], callbacks: Sequence[TrainerCallback]) -> Run
         callbacks.append(Kill(settings["kill_at"]))
     if RANK in settings.get("stay_ranks", [RANK]) and "stay_at" in settings:
         callbacks.append(Stay(settings["stay_at"]))
+    reward = reward_that_fails if settings.get("reward_fails_on") == RANK else canned_reward
+    if RANK in settings.get("dead_ranks", []):
+        reward = reward_of_a_dead_rank
+    if "lengths_of_ranks" in settings:
+        options["lengths"] = settings["lengths_of_ranks"][RANK]
+    COUNTS.clear()
     run = train_canned(
         trainer_class,
         canned_config(settings["output_dir"], classes[1], **settings["options"]),
@@ -144,7 +184,7 @@ def train(settings: dict[str, Any], callbacks: Sequence[TrainerCallback]) -> Run
         kinds=settings.get("kinds", KINDS),
         sampler_noise=settings.get("sampler_noise"),
         resume=settings.get("resume"),
-        reward=reward_that_fails if settings.get("reward_fails_on") == RANK else canned_reward,
+        reward=reward,
         callbacks=callbacks,
         **options,
     )
@@ -154,6 +194,7 @@ def train(settings: dict[str, Any], callbacks: Sequence[TrainerCallback]) -> Run
 
 def main(settings: dict[str, Any], callbacks: Sequence[TrainerCallback] = ()) -> None:
     torch.set_num_threads(1)
+    count_calls()
     for settings_of_run in settings.get("runs", [settings]):
         run = train(settings_of_run, callbacks)
         run.trainer.accelerator.wait_for_everyone()  # a rank that is gone early can leave the other one waiting

@@ -30,15 +30,21 @@ SETTINGS = {
 FULL, LORA, OFFLOADED = ("sgd", "sgd-kl", "sgd-vllm"), ("lora", "lora-kl"), ("adam", "adam-kl")
 
 
+OWN_ROWS = ("sgd-vllm",)  # where each process computes its own
 KINDS_WITH_FEW_LIVE = ["dead", "dead", "live, and with a longer prompt"]
 
 
 def settings_of_runs(folder, policy, names, trainer, **options):
-    packing = {} if trainer == "trl" else {"shared_prefix": "on"}
+    ours = {} if trainer == "trl" else {"shared_prefix": "on"}
     return [
         {
             **SETTINGS[name],
-            "options": {**SETTINGS[name]["options"], **packing, **options},
+            "options": {
+                **SETTINGS[name]["options"],
+                **ours,
+                **({"balance_ranks": False} if ours and name in OWN_ROWS else {}),
+                **options,
+            },
             # so few live groups that a process is without one now and then
             "kinds": KINDS_WITH_FEW_LIVE,
             "policy": policy,
@@ -93,11 +99,14 @@ def check(found, expected, tolerance):
     assert relative_difference(weights, of_other, load_file(expected / "start.safetensors")) < tolerance
 
 
-def check_ranks(folder):
-    """Each process makes the same calls, whatever rows it has; one has micro-batches without a row, the other not."""
+def check_ranks(folder, moves_rows):
+    """Each process makes the same calls, whatever rows it has; if it has its own, one is without any now and then."""
     forwards = [ran_on(folder, rank)["forwards"] for rank in (0, 1)]
     assert [has_gradient for _, has_gradient in forwards[0]] == [has_gradient for _, has_gradient in forwards[1]]
-    assert any((mine == 1) != (others == 1) for (mine, _), (others, _) in zip(*forwards, strict=True))
+    if moves_rows:
+        assert sum(series(folder, "update/rows_moved")) > 0
+    else:
+        assert any((mine == 1) != (others == 1) for (mine, _), (others, _) in zip(*forwards, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +137,7 @@ def test_trains_as_trl_does(of_trl, policy, tmp_path, config, names, wrapper, sh
         assert (ours["processes"], ours["wrapper"]) == (2, wrapper)
         assert ours["packs"]
         if not name.endswith("kl"):  # there each row has a gradient
-            check_ranks(found)
+            check_ranks(found, name not in OWN_ROWS)
         if sharding is not None:
             assert ours["sharding"] == {**ours["sharding"], **sharding}
             # DeepSpeed pads a partition to a multiple of a few numbers
@@ -171,7 +180,7 @@ def test_bf16(policy, tmp_path, config, options, stage):
 def test_fuller_micro_batches(policy, tmp_path, config, options, wrapper):
     """Processes fill as many micro-batches as their own rows need, and make the same calls."""
     options = {"gradient_accumulation_steps": 4, "steps_per_generation": 4, **options}
-    ours = {"tokens_per_micro_batch": "auto", "shared_prefix": "on"}
+    ours = {"tokens_per_micro_batch": "auto", "shared_prefix": "on", "balance_ranks": False}
     noise = {"sampler_noise": 0.3} if "use_vllm" in options else {}
     runs = runs_of_both(tmp_path, policy, options, ours=ours, kinds=KINDS_WITH_FEW_LIVE, **noise)
     run_all(tmp_path, launcher("ddp_cpu.yaml"), runs[:1])
@@ -204,8 +213,10 @@ def test_processes_with_and_without_images(policy, tmp_path, sampler):
 
 
 def test_metrics_of_the_sampler(policy, tmp_path):
-    """TRL's over two processes where no row is left out: means of the processes' means."""
-    runs = runs_of_both(tmp_path, policy, CORRECTED, ours={"skip_zero_advantage": False}, sampler_noise=0.3)
+    """TRL's over two processes where no row is left out, or moved: means of the processes' means."""
+    runs = runs_of_both(
+        tmp_path, policy, CORRECTED, ours={"skip_zero_advantage": False, "balance_ranks": False}, sampler_noise=0.3
+    )
     run_all(tmp_path, launcher("ddp_cpu.yaml"), runs)
     assert ran_on(tmp_path / "ext")["processes"] == 2
     expected = {name for entry in ran_on(tmp_path / "trl")["log"] for name in entry if name.startswith("sampling/")}
