@@ -18,6 +18,8 @@ import numpy as np
 # Of the work of a token apart from attention; what a token does with another one that it sees is a fraction of it.
 WORK_OF_A_TOKEN = 2**20
 NOWHERE = -1
+# A row moves to a rank that has to compute its prompt once more if the slowest gains at least this share of that.
+_WORTH_OF_A_PROMPT = 0.1
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,8 @@ def _balanced(groups: Sequence[_Group], work: dict[int, int], num_shares: int) -
             added = 0 if number in parts[taker] else groups[number].prompt_work
             for row in rows:
                 after = loads[giver] - work[row] - saved, loads[taker] + work[row] + added
-                if max(after) < most:
+                gain = loads[giver] - max(after)
+                if max(after) < most and gain >= _WORTH_OF_A_PROMPT * (added - saved):
                     best, most = (number, row, after), max(after)
         if best is None:
             return [[row for rows in part.values() for row in rows] for part in parts]
