@@ -280,7 +280,7 @@ def note_forwards(trainer, forwards: list[Forward]) -> None:
 
 
 def whole_weights(model) -> dict[str, torch.Tensor]:
-    """A copy of the weights; under ZeRO-3, of all processes' parts of them."""
+    """A copy of the weights; under ZeRO-3 and FSDP2, of all processes' parts of them."""
     parameters = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     gathered = nullcontext()
     if parameters:
@@ -288,7 +288,10 @@ def whole_weights(model) -> dict[str, torch.Tensor]:
 
         gathered = deepspeed.zero.GatheredParameters(parameters)
     with gathered:
-        return {name: weight.detach().float().clone() for name, weight in model.state_dict().items()}
+        return {
+            name: (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach().float().clone()
+            for name, weight in model.state_dict().items()
+        }
 
 
 def assert_same_weights(weights, expected):

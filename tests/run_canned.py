@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from canned import KINDS, Run, canned_config, canned_prompts, canned_reward, train_canned
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import distributed
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -89,6 +93,36 @@ def count_calls() -> None:
         setattr(distributed, name, counted(name, getattr(distributed, name)))
 
 
+def shard_on_cpus() -> None:
+    """Let accelerate take FSDP's configuration on CPUs, where it otherwise makes DDP of it, without a word.
+
+    It has a list of devices for FSDP, on which CPUs are not; torch's `fully_shard` and gloo can do it.
+    """
+    initialize = AcceleratorState.__init__
+
+    def with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = with_fsdp
+
+
+def sharding_of_torch(model: Any) -> dict[str, Any]:
+    """How many numbers of the weights this process holds, and how many there are."""
+    parameters = list(model.parameters())
+    return {
+        "kind": "fully_shard",
+        "sharded": sum(isinstance(parameter, DTensor) for parameter in parameters),
+        "parameters": len(parameters),
+        "weights": sum(
+            parameter.to_local().numel() if isinstance(parameter, DTensor) else parameter.numel()
+            for parameter in parameters
+        ),
+        "all_weights": sum(parameter.numel() for parameter in parameters),
+    }
+
+
 def with_images_on(rank: int, trainer_class: type) -> type:
     """A trainer whose micro-batches on one process say how many images they have, as if there were any."""
 
@@ -152,6 +186,8 @@ def leave_behind(run: Run, folder: Path) -> None:
         "evaluated": sorted(run.trainer.evaluation.history) if hasattr(run.trainer, "evaluation") else None,
         "sharding": sharding(wrapped) if hasattr(wrapped, "zero_optimization_stage") else None,
     }
+    if isinstance(wrapped, FSDPModule):
+        ran_on["sharding"] = sharding_of_torch(wrapped)
     (folder / f"rank-{accelerator.process_index}.json").write_text(json.dumps(ran_on))
     if accelerator.is_main_process:
         save_file(run.start, folder / "start.safetensors")
@@ -195,6 +231,8 @@ def train(settings: dict[str, Any], callbacks: Sequence[TrainerCallback]) -> Run
 def main(settings: dict[str, Any], callbacks: Sequence[TrainerCallback] = ()) -> None:
     torch.set_num_threads(1)
     count_calls()
+    if settings.get("shards_on_cpus"):
+        shard_on_cpus()
     for settings_of_run in settings.get("runs", [settings]):
         run = train(settings_of_run, callbacks)
         run.trainer.accelerator.wait_for_everyone()  # a rank that is gone early can leave the other one waiting

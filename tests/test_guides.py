@@ -133,7 +133,10 @@ OF_OTHER_RUNS = {
     "rewards/unscored": "a guarded function, or answers as mathematics: `test_trl.py`, `test_rewards_symbolic.py`",
     "tools/call_frequency": "tools: `test_generation_backends.py`, and the page on reward functions",
     "tools/failure_frequency": "tools",
-    "update/slowest_rank": "several processes",
+    **{
+        f"update/{name}": "several processes: `test_balance.py`"
+        for name in ("slowest_rank", "slowest_rank_unbalanced", "rows_moved", "exchange_s", "exchange_mb")
+    },
     "{name}/accuracy": "a second answer reward: `test_trl.py`",
 }
 

@@ -19,7 +19,7 @@ GENERATION_SHARE = 0.7
     "waiting-ranks",
     "Processes wait for the slowest one",
     when=f"the median of {WAITING_VALUES} values of update/slowest_rank is above {WAITING_RATIO:g}",
-    remedy="Set tokens_per_micro_batch='auto', give each process more groups, or shorten the longest completions.",
+    remedy="Leave balance_ranks on, give each process more groups, or shorten the longest completions.",
 )
 def waiting_ranks(run: Run) -> Found | None:
     values = latest(run, "update/slowest_rank", WAITING_VALUES)
