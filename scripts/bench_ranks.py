@@ -10,6 +10,7 @@ with the same weights; that these are those of `trl.GRPOTrainer` is what the tes
 thread; other work on the machine makes the times worthless.
 """
 
+import copy
 import json
 import math
 import random
@@ -130,7 +131,8 @@ class Measured:
 
 def make_model(args: RanksArguments) -> Any:
     set_seed(args.seed)
-    return AutoModelForCausalLM.from_config(MODELS[args.model], dtype=torch.float32)
+    config = copy.deepcopy(MODELS[args.model])  # trainers write into it
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def train(args: RanksArguments, side: str) -> Measured:

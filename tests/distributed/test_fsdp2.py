@@ -54,6 +54,7 @@ def test_trains_as_trl_does(policy, tmp_path):
         found, expected = tmp_path / "ext" / name, tmp_path / "trl" / name
         ours = ran_on(found)
         assert (ours["processes"], ours["packs"]) == (2, True)
+        assert ours["wrapper"].startswith("FSDP")
         sharding = ours["sharding"]
         assert sharding["kind"] == "fully_shard"
         assert sharding["sharded"] == sharding["parameters"] > 0
@@ -72,7 +73,9 @@ def test_trains_as_trl_does(policy, tmp_path):
 
 
 def test_killed_and_resumed_is_exact(policy, tmp_path):
+    # torch cannot load an optimizer without a state (SGD)
     options = {**COMMON, "num_iterations": 3, "max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    options |= {"optim": "adamw_torch", "adam_epsilon": 1.0, "learning_rate": 2.0}
     settings = {"policy": policy, "options": {**options, "shared_prefix": "on"}}
     straight, killed = (
         {**settings, "output_dir": str(tmp_path / name), **more}
