@@ -46,7 +46,7 @@ class PlanArguments:
         metadata={"help": f"Of {', '.join(SHAPES)}; or the folder, or the name on the hub, of a model's config."},
     )
     gpus: list[int] = field(default_factory=lambda: [1, 8, 16, 64], metadata={"help": "Numbers of GPUs."})
-    gpus_per_node: int = field(default=8, metadata={"help": "Share the CPU's memory of a node, with offload."})
+    gpus_per_node: int = field(default=8, metadata={"help": "Share a node's CPU memory, and a copy in fsdp2_hybrid."})
     lora_rank: int = field(
         default=0, metadata={"help": "Train adapters of this rank on all linear layers (0: all weights)."}
     )

@@ -290,6 +290,14 @@ def test_plan_memory(tmp_path, capsys):
     assert size.trained == pytest.approx(40.4e6, rel=0.01)  # as peft counts them
     assert module.model_states(size, 2, 8) == pytest.approx(2 * size.parameters, rel=0.02)
     assert module.model_states(size, 3, 8) == pytest.approx(2 * size.parameters / 8, rel=0.1)
+    # each node has a whole copy: more nodes do not make a GPU's share smaller
+    workload = module.Workload(gpus_per_node=8)
+    of_hybrid, of_zero3 = (
+        [module.plan(size, name, num_gpus, workload).states for num_gpus in (4, 8, 16, 64)]
+        for name in ("fsdp2_hybrid", "zero3")
+    )
+    assert of_hybrid == [of_zero3[0], of_zero3[1], of_zero3[1], of_zero3[1]]
+    assert of_zero3[3] < of_zero3[2] < of_zero3[1]
     assert module.main(["--models", str(tmp_path / "nothing")]) == 2
     assert "there is no config of" in capsys.readouterr().err
     assert module.main(["--gpus", "0"]) == 2

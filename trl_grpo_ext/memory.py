@@ -31,7 +31,10 @@ CONFIGURATIONS = {
     "zero3": (3, False, False),
     "zero2_offload": (2, True, False),
     "zero3_offload": (3, True, True),
+    "fsdp2_hybrid": (3, False, False),
 }
+# Those that share out over the GPUs of a node, so that each node holds a whole copy.
+WITHIN_A_NODE = ("fsdp2_hybrid",)
 RESERVE_GB = 6.0  # of a GPU, for buffers, waste and CUDA
 
 
@@ -47,7 +50,7 @@ class Workload:
         vllm (`bool`, *optional*, defaults to `False`):
             vLLM generates, and its memory is counted elsewhere.
         gpus_per_node (`int`, *optional*, defaults to `8`):
-            They share the CPU's memory of a node, with offload.
+            They share the CPU's memory of a node, with offload, and a copy of the model with `fsdp2_hybrid`.
         keeps_reference (`bool`, *optional*, defaults to `False`):
             There is a reference model beside the policy.
     """
@@ -153,6 +156,8 @@ def model_states(size: ModelSize, stage: int, num_gpus: int) -> float:
 def plan(size: ModelSize, configuration: str, num_gpus: int, workload: Workload) -> Memory:
     """What a GPU needs, and what a node needs of the CPU's memory."""
     stage, offloads_optimizer, offloads_weights = CONFIGURATIONS[configuration]
+    if configuration in WITHIN_A_NODE:
+        num_gpus = min(num_gpus, workload.gpus_per_node)
     config = size.config
     weights, share = 2 * size.parameters, size.trained / num_gpus
     states, cpu = model_states(size, stage, num_gpus), 0.0

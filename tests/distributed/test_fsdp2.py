@@ -28,6 +28,7 @@ VARIANTS = {
     "own rows": {"balance_ranks": False},
 }
 OURS = ("tokens_per_micro_batch", "balance_ranks")
+FILES = (("ext", "final"), ("trl", "final"), ("trl", "start"))
 LAUNCHER = ("fsdp2.yaml", "--mixed_precision", "no")
 
 
@@ -70,6 +71,24 @@ def test_trains_as_trl_does(policy, tmp_path):
             assert of_both[0] == pytest.approx(of_both[1], rel=1e-4, abs=1e-5), (name, metric)
         files = found / "final.safetensors", expected / "final.safetensors", expected / "start.safetensors"
         assert relative_difference(*map(load_file, files)) < 1e-5, name
+
+
+def test_hybrid(policy, tmp_path):
+    """Two pairs of processes, each with a whole copy of the weights, against DDP on four."""
+    hybrid = launcher("fsdp2_hybrid.yaml", *LAUNCHER[1:], "--parallelism_config_dp_shard_size", 2, num_processes=4)
+    for trainer, command in (("trl", launcher("ddp_cpu.yaml", num_processes=4)), ("ext", hybrid)):
+        packing = {"shared_prefix": "on"} if trainer == "ext" else {}
+        settings = {"policy": policy, "trainer": trainer, "options": {**COMMON, **packing}}
+        result = run_canned(tmp_path, trainer, command, shards_on_cpus=trainer == "ext", **settings)
+        assert result.returncode == 0, result.stderr[-5000:]
+    ours = ran_on(tmp_path / "ext")
+    assert (ours["processes"], ours["packs"]) == (4, True)
+    assert ours["wrapper"].startswith("FSDP")
+    # halves: within a pair each has one
+    assert ours["sharding"]["weights"] == pytest.approx(ours["sharding"]["all_weights"] / 2, rel=0.05)
+    assert sum(entry.get("update/rows_moved", 0) for entry in ours["log"]) > 0
+    files = [tmp_path / trainer / f"{name}.safetensors" for trainer, name in FILES]
+    assert relative_difference(*map(load_file, files)) < 1e-5
 
 
 def test_killed_and_resumed_is_exact(policy, tmp_path):
