@@ -6,8 +6,9 @@
 Completions are made up: groups with prompts of 100 to 200 tokens, lengths log-normal, a share of the groups dead, that
 is, without a gradient. The plan is the trainer's own. A row of the table is a setting: tokens of the slowest rank over
 the mean of all, before and after, means over seeds, and what 99 % of the seeds stay below after; how many more tokens
-there are because some prompts are computed on two ranks; how much of its own rows a rank sends at most; and how long a
-rank plans.
+there are because some prompts are computed on two ranks; how much of its own rows a rank sends at most; how long it
+plans; and, for comparison, generation, which nothing evens out: the longest completion of all over the mean of the
+ranks' longest ones, for which each rank generates.
 """
 
 import gc
@@ -77,13 +78,14 @@ class BalanceArguments:
 
 @dataclass(frozen=True)
 class Seed:
-    """What came out for one batch: ratios, and milliseconds."""
+    """What came out for one batch: ratios, and milliseconds of planning."""
 
     before: float
     after: float
     more_tokens: float
     sent: float
     milliseconds: float
+    generation: float
 
 
 def made_up_rows(args: BalanceArguments, ranks: int, rows: int, dead: float, sigma: float, seed: int) -> RowTable:
@@ -110,6 +112,7 @@ def plan(table: RowTable, num_ranks: int) -> Seed:
     before, after = (work_of_ranks(table, where, num_ranks, COST) for where in (stays, dealt))
     tokens = table.prompt_tokens + table.completion_tokens
     leaves = (dealt != NOWHERE) & (dealt != table.rank)
+    longest = table.completion_tokens.reshape(num_ranks, -1).max(axis=1)  # rows are rank by rank
     sent = np.bincount(table.rank, tokens * leaves, num_ranks) / np.bincount(table.rank, tokens, num_ranks)
     return Seed(
         slowest_over_mean(before),
@@ -117,6 +120,7 @@ def plan(table: RowTable, num_ranks: int) -> Seed:
         float(after.sum() / before.sum() - 1) if before.any() else 0.0,
         float(sent.max()),
         1e3 * seconds,
+        float(longest.max() / longest.mean()),
     )
 
 
@@ -139,7 +143,18 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    names = ["ranks x rows", "dead", "sigma", "before", "after", "99 % of seeds", "more tokens", "sends", "plans, ms"]
+    names = [
+        "ranks x rows",
+        "dead",
+        "sigma",
+        "before",
+        "after",
+        "99 % of seeds",
+        "more tokens",
+        "sends",
+        "plans, ms",
+        "generation",
+    ]
     lines = []
     for (ranks, rows, dead, sigma), seeds in results_of(args):
         after = sorted(seed.after for seed in seeds)
@@ -154,6 +169,7 @@ def main(argv: list[str]) -> int:
                 f"{statistics.fmean(seed.more_tokens for seed in seeds):+.1%}",
                 f"{max(seed.sent for seed in seeds):.2f}",
                 f"{statistics.median(seed.milliseconds for seed in seeds):.1f}",
+                f"{statistics.fmean(seed.generation for seed in seeds):.2f}",
             ]
         )
     if args.markdown:

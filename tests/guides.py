@@ -182,6 +182,8 @@ def look_at_launch(arguments: list[str]) -> None:
         look_at_subcommand("grpo", *rest)
     elif script == "recipes/gsm8k.py":
         look_at_recipe(rest)
+    elif script.startswith("scripts/"):
+        look_at_command(["python", script, *rest])
     else:
         assert Path(script).is_file() or not script.startswith(("recipes", "scripts")), script
 

