@@ -123,7 +123,7 @@ def test_ranks_have_even_work(ran, name):
     assert sum(after) < sum(before)
     if name == "a rank is dead":  # its rows are those of the others
         assert min(before) > num_processes / (num_processes - 1) - 0.01
-        assert max(after) < 1.25
+        assert max(after) < 1.4
     computed = [
         sum(tokens for tokens, has_gradient in ran_on(found, rank)["forwards"] if has_gradient)
         for rank in range(num_processes)
