@@ -106,9 +106,11 @@ def made_up_rows(args: BalanceArguments, ranks: int, rows: int, dead: float, sig
 def plan(table: RowTable, num_ranks: int) -> Seed:
     """Deal rows out, and compare."""
     stays = np.where(table.is_kept.astype(bool), table.rank, NOWHERE)
+    gc.disable()  # it comes now and then, and goes through all that this process has imported
     began = time.perf_counter()
     dealt = ranks_of_rows(table, num_ranks, COST)
     seconds = time.perf_counter() - began
+    gc.enable()
     before, after = (work_of_ranks(table, where, num_ranks, COST) for where in (stays, dealt))
     tokens = table.prompt_tokens + table.completion_tokens
     leaves = (dealt != NOWHERE) & (dealt != table.rank)
@@ -131,7 +133,6 @@ def results_of(args: BalanceArguments) -> Iterable[tuple[tuple[int, int, float, 
             seeds = []
             for seed in range(args.seeds):
                 table = made_up_rows(args, ranks, rows, dead, sigma, seed)
-                gc.collect()  # or it comes now and then in the middle of a plan
                 seeds.append(plan(table, ranks))
                 progress.update()
             yield (ranks, rows, dead, sigma), seeds

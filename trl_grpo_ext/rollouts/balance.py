@@ -125,9 +125,9 @@ def work_of_ranks(table: RowTable, ranks: np.ndarray, num_ranks: int, cost: Cost
     of_rows = cost.of_rows(table.prompt_tokens[rows], table.completion_tokens[rows])
     np.add.at(work, (step[rows], ranks[rows]), of_rows)
     if cost.by_prompt:  # once on each rank where one of its rows is
-        keys = np.stack([step[rows], ranks[rows], table.prompt[rows]], axis=1)
-        _, firsts = np.unique(keys, axis=0, return_index=True)
-        firsts = rows[firsts]
+        rows = rows[np.lexsort((table.prompt[rows], ranks[rows], step[rows]))]
+        keys = np.stack([step[rows], ranks[rows], table.prompt[rows]])
+        firsts = rows[np.flatnonzero((np.diff(keys, prepend=keys[:, :1] - 1) != 0).any(axis=0))]
         np.add.at(work, (step[firsts], ranks[firsts]), cost.of_prompts(table.prompt_tokens[firsts]))
     return work
 
