@@ -108,8 +108,8 @@ def contents(rows, index):
 
 
 @settings(max_examples=60)
-@given(st.integers(2, 4), st.integers(2, 8), st.integers(0, 2**20), st.booleans())
-def test_each_row_arrives_once_and_as_it_was(size, count, seed, by_prompt):
+@given(st.integers(2, 4), st.integers(2, 8), st.integers(0, 2**20), st.sets(st.integers(0, 3)))
+def test_each_row_arrives_once_and_as_it_was(size, count, seed, cannot_share):
     world = World(size)
     made = [make_rows(rank, count, seed) for rank in range(size)]
     of_rank = {
@@ -123,7 +123,13 @@ def test_each_row_arrives_once_and_as_it_was(size, count, seed, by_prompt):
         rows = made[rank].rows
         known = rows_on_host(rows["prompt_ids"], rows["prompt_mask"], rows["completion_mask"])
         return balance(
-            rows, known, made[rank].steps, made[rank].is_kept, ranks, by_prompt=by_prompt, padded_tokens=rank
+            rows,
+            known,
+            made[rank].steps,
+            made[rank].is_kept,
+            ranks,
+            by_prompt=rank not in cannot_share,
+            padded_tokens=rank,
         )
 
     with pytest.MonkeyPatch.context() as patch:
@@ -132,6 +138,7 @@ def test_each_row_arrives_once_and_as_it_was(size, count, seed, by_prompt):
     seen = []
     for balanced in dealt:
         assert balanced.padded_tokens == size - 1  # the most of any
+        assert balanced.by_prompt == cannot_share.isdisjoint(range(size))
         assert balanced.figures == dealt[0].figures._replace(
             sent_bytes=balanced.figures.sent_bytes, seconds=balanced.figures.seconds
         )

@@ -327,7 +327,7 @@ class RolloutBuffer(Sequence[MicroBatch]):
         self.padded_tokens, self.exchange = balanced.padded_tokens, balanced.figures
         deals = []
         for targets, order in zip(windows, balanced.orders, strict=True):
-            shares = self._shares(rows, known, order, targets, by_prompt=by_prompt, most_tokens=most_tokens)
+            shares = self._shares(rows, known, order, targets, by_prompt=balanced.by_prompt, most_tokens=most_tokens)
             # Where all processes come together in each micro-batch (ZeRO-2 and 3, FSDP), the fullest of each go
             # together too.
             fullest_first = sorted(shares.values(), key=lambda share: -sum(known[row].used_columns for row in share))
@@ -401,19 +401,25 @@ class RolloutBuffer(Sequence[MicroBatch]):
     ) -> dict[int, Sequence[int]]:
         """Which of the rows `order` each of the micro-batches `targets` gets."""
         to_pack = [row.row for row in known if row.row is not None]
-        number, shares = len(targets), None
+        number, shares, is_packed = len(targets), None, by_prompt and len(to_pack) == len(known)
         if most_tokens == "auto":
             most_tokens = self.padded_tokens
-        if by_prompt and len(to_pack) == len(known):
+        if is_packed:
             if most_tokens is not None:
                 shares = fewest_shares_by_prompt(to_pack, order, number, most_tokens)
             if shares is None:
                 shares = shares_by_prompt(to_pack, order, number, self.padded_tokens)
-        elif most_tokens is not None:
+        if shares is None:
             prompt_columns = rows["prompt_ids"].size(1)
             widths = [prompt_columns + max(1, row.used_columns) for row in known]
-            shares = fewest_padded_shares(widths, order, number, most_tokens)
-        return dict(zip(targets, shares or even_shares(order, number), strict=True))
+            if most_tokens is not None and not is_packed:
+                shares = fewest_padded_shares(widths, order, number, most_tokens)
+            if shares is None:
+                shares = even_shares(order, number)
+                # With rows of other processes there may be more than TRL's micro-batch has.
+                if max(map(len, shares)) > self.padded_shape[0]:
+                    shares = fewest_padded_shares(widths, order, number, self.padded_tokens) or shares
+        return dict(zip(targets, shares, strict=True))
 
     def _deal_out(self, deals: Sequence[_Deal]) -> None:
         """Give micro-batches their rows: one copy of the rows' numbers to the device, which nobody waits for."""

@@ -24,8 +24,9 @@ from .rows import MicroBatch, RowOnHost
 
 
 _DIGEST_BYTES = 8
-# Numbers of a process before those of its rows: what these are made of, and the tokens of a padded micro-batch.
-_HEADER = 2
+# Numbers of a process before those of its rows: what these are made of, the tokens of a padded micro-batch, and
+# whether it can share prompts.
+_HEADER = 3
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Balanced(NamedTuple):
             The rows that were here, and behind them those that have come.
         orders (`list[list[int]]`):
             For each optimizer step the numbers of those that are computed here.
+        by_prompt (`bool`):
+            Whether all processes share prompts.
         padded_tokens (`int`):
             Tokens of the largest padded micro-batch of any process.
         figures ([`ExchangeFigures`]):
@@ -88,6 +91,7 @@ class Balanced(NamedTuple):
     rows: MicroBatch
     known: list[RowOnHost]
     orders: list[list[int]]
+    by_prompt: bool
     padded_tokens: int
     figures: ExchangeFigures
 
@@ -123,7 +127,8 @@ def balance(
         ranks ([`Ranks`]):
             The processes. All of them come here together, with equally many rows each.
         by_prompt (`bool`):
-            Whether rows are computed with their prompts shared.
+            Whether this process could compute rows with their prompts shared. Where one cannot, as with rows that are
+            longer than a sliding window, none is taken to.
         padded_tokens (`int`):
             Tokens of a padded micro-batch.
 
@@ -138,11 +143,13 @@ def balance(
         [step, *_numbers(row, prompt_columns), int(kept)]
         for step, row, kept in zip(steps, known, is_kept, strict=True)
     ]
-    gathered = ranks.gather(torch.tensor([_signature(rows, kinds), padded_tokens, *chain.from_iterable(own)]))
+    header = [_signature(rows, kinds), padded_tokens, int(by_prompt)]
+    gathered = ranks.gather(torch.tensor([*header, *chain.from_iterable(own)]))
     headers, numbers = gathered[:, :_HEADER], gathered[:, _HEADER:].reshape(num_ranks * count, -1)
     if (headers[:, 0] != headers[0, 0]).any():
         return None
     began = time.perf_counter()
+    by_prompt = bool(headers[:, 2].all())
     step, prompt, _, prompt_tokens, completion_tokens, _, kept = numbers.T
     table = RowTable(np.repeat(np.arange(num_ranks), count), step, prompt, prompt_tokens, completion_tokens, kept)
     cost = Cost(by_prompt, ranks.work_of_a_pair, int(prompt_tokens.max()))
@@ -166,6 +173,7 @@ def balance(
             [place[number] for number in np.flatnonzero((dealt == rank) & (step == each)).tolist()]
             for each in range(max(steps) + 1)
         ],
+        by_prompt,
         int(headers[:, 1].max()),
         ExchangeFigures(
             int(moves.sum()),
