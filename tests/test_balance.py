@@ -123,6 +123,15 @@ def test_a_few_rows(rows, expected):
         assert all(sorted(ranks[table.step == step].tolist()) == [0, 1] for step in (0, 1))
 
 
+def test_one_group_on_many_ranks():
+    """A group of a thousand rows, which only moves in pieces; every rank gets some, and soon."""
+    numbers = np.random.default_rng(0)
+    rows = [(0, 0, 7, 100, int(length), 1) for length in numbers.integers(50, 400, 1024)]
+    table = table_of(*rows, num_ranks=64)
+    work = work_of_ranks(table, ranks_of_rows(table, 64, Cost(True)), 64, Cost(True))
+    assert slowest_over_mean(work) < 1.1
+
+
 def test_few_rows_move():
     """Of plans that are equally good, one in which ranks keep what they have."""
     rows = [(rank, 0, 2 * rank + half, 20, 100, 1) for rank in range(8) for half in (0, 1) for _ in range(4)]

@@ -46,10 +46,16 @@ VARIANTS = {
     "lora": variant(lora=True),
     "long": variant(ours={"tokens_per_micro_batch": "auto"}, **LONG),
 }
-ON_FOUR = ("mu 2", "corrected", "cut", "cut, KL", "a rank is dead", "all ranks are dead", "long")
+HARDEST = ("mu 2", "corrected", "cut", "cut, KL", "a rank is dead", "all ranks are dead", "long")
+# Processes, launch configuration, wrapper, and what is trained
+LAUNCHES = {
+    "2": (2, "ddp_cpu.yaml", "DistributedDataParallel", tuple(VARIANTS)),
+    "4": (4, "ddp_cpu.yaml", "DistributedDataParallel", HARDEST),
+    "2, ZeRO-3": (2, "zero3_cpu.yaml", "DeepSpeedEngine", (*HARDEST, "mu 4, several steps a generation", "lora")),
+}
 
 
-def run_all(folder: Path, policy, names, num_processes):
+def run_all(folder: Path, policy, names, num_processes, config):
     for trainer in ("trl", "ext"):
         runs = [
             {
@@ -61,7 +67,7 @@ def run_all(folder: Path, policy, names, num_processes):
             }
             for name in names
         ]
-        command = launcher("ddp_cpu.yaml", num_processes=num_processes)
+        command = launcher(config if trainer == "ext" else "ddp_cpu.yaml", num_processes=num_processes)
         result = run_canned(folder, f"settings-{trainer}", command, runs=runs)
         assert result.returncode == 0, result.stderr[-5000:]
 
@@ -70,21 +76,24 @@ def series(folder, name, rank=0):
     return [entry[name] for entry in ran_on(folder, rank)["log"] if name in entry]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=LAUNCHES)
 def ran(request, policy, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(f"on-{request.param}")
-    run_all(folder, policy, VARIANTS if request.param == 2 else ON_FOUR, request.param)
-    return folder, request.param
+    num_processes, config, wrapper, names = LAUNCHES[request.param]
+    folder = tmp_path_factory.mktemp("on")
+    run_all(folder, policy, names, num_processes, config)
+    return folder, num_processes, wrapper, names
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_trains_as_trl_does(ran, name):
-    folder, num_processes = ran
-    if num_processes == 4 and name not in ON_FOUR:
-        pytest.skip("two processes show it")
+    folder, num_processes, wrapper, names = ran
+    if name not in names:
+        pytest.skip("DDP on two processes shows it")
     found, expected = folder / "ext" / name, folder / "trl" / name
     of_ranks = [ran_on(found, rank) for rank in range(num_processes)]
-    assert {(ours["processes"], ours["wrapper"]) for ours in of_ranks} == {(num_processes, "DistributedDataParallel")}
+    assert {(ours["processes"], ours["wrapper"]) for ours in of_ranks} == {(num_processes, wrapper)}
+    if wrapper == "DeepSpeedEngine":
+        assert of_ranks[0]["sharding"]["stage"] == 3
     assert all(ours["packs"] == (name != "padded") for ours in of_ranks)
 
     for metric in ("loss", "grad_norm"):
@@ -116,7 +125,7 @@ def test_trains_as_trl_does(ran, name):
 
 @pytest.mark.parametrize("name", ["a rank is dead", "long"])
 def test_ranks_have_even_work(ran, name):
-    folder, num_processes = ran
+    folder, num_processes, _, _ = ran
     found = folder / "ext" / name
     before, after = series(found, "update/slowest_rank_unbalanced"), series(found, "update/slowest_rank")
     assert sum(series(found, "update/rows_moved")) > 0

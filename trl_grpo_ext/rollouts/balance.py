@@ -2,8 +2,8 @@
 
 A step takes as long as its slowest rank, so ranks get about equal work: whole groups go to the rank that has the least
 by then, the heaviest group first (LPT, the longest processing time first: Graham, 1969), and then single rows from the
-rank with the most to the one with the least, as long as that makes the most less. Work is counted in whole numbers,
-because every rank makes the same plan by itself.
+rank with the most to the one with the least, as long as that makes the most less. Groups of more than two ranks' work
+are halved before. Work is counted in whole numbers, because every rank makes the same plan by itself.
 """
 
 import heapq
@@ -168,12 +168,11 @@ def _balanced(groups: Sequence[_Group], work: dict[int, int], num_shares: int) -
     """Rows of each share."""
     parts: list[dict[int, list[int]]] = [{} for _ in range(num_shares)]  # rows by group
     loads = [0] * num_shares
-    totals = [group.prompt_work + sum(group.row_work) for group in groups]
     lightest = [(0, share) for share in range(num_shares)]
-    for number in sorted(range(len(groups)), key=lambda number: -totals[number]):
+    for of_rows, number, rows in sorted(_pieces(groups, num_shares), key=lambda piece: -piece[0]):
         load, share = lightest[0]
-        parts[share][number] = list(groups[number].rows)
-        loads[share] = load + totals[number]
+        loads[share] = load + of_rows + (0 if number in parts[share] else groups[number].prompt_work)
+        parts[share].setdefault(number, []).extend(rows)
         heapq.heapreplace(lightest, (loads[share], share))
     heaviest = [(-load, share) for share, load in enumerate(loads)]
     heapq.heapify(heaviest)
@@ -204,6 +203,24 @@ def _balanced(groups: Sequence[_Group], work: dict[int, int], num_shares: int) -
         for share in (giver, taker):
             heapq.heappush(heaviest, (-loads[share], share))
             heapq.heappush(lightest, (loads[share], share))
+
+
+def _pieces(groups: Sequence[_Group], num_shares: int) -> list[tuple[int, int, list[int]]]:
+    """Groups, as the work of rows, number and rows; those that are far too large for a share in halves of halves."""
+    mean = sum(group.prompt_work + sum(group.row_work) for group in groups) / num_shares
+    pieces = []
+    for number, group in enumerate(groups):
+        halves = [(group.rows, group.row_work)]
+        while halves:
+            rows, row_work = halves.pop()
+            total = group.prompt_work + sum(row_work)
+            is_cheap = group.prompt_work <= _WORTH_OF_A_PROMPT * total
+            if total > 2 * mean and len(rows) > 1 and is_cheap:
+                middle = len(rows) // 2
+                halves += [(rows[:middle], row_work[:middle]), (rows[middle:], row_work[middle:])]
+            else:
+                pieces.append((sum(row_work), number, rows))
+    return pieces
 
 
 def _homes(origins: np.ndarray, shares: Sequence[Sequence[int]], num_ranks: int) -> list[int]:
