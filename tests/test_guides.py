@@ -134,7 +134,7 @@ OF_OTHER_RUNS = {
     "tools/call_frequency": "tools: `test_generation_backends.py`, and the page on reward functions",
     "tools/failure_frequency": "tools",
     **{
-        f"update/{name}": "several processes: `test_balance.py`"
+        f"update/{name}": "several processes: `test_balanced_ranks.py`"
         for name in ("slowest_rank", "slowest_rank_unbalanced", "rows_moved", "exchange_s", "exchange_mb")
     },
     "{name}/accuracy": "a second answer reward: `test_trl.py`",
