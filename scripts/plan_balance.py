@@ -1,6 +1,6 @@
 """How even the work of many ranks is, before and after rows are dealt out over them (`balance_ranks`); no GPU needed.
 
-    python scripts/plan_balance.py                                   # 8, 64 and 512 ranks, 200 seeds: some minutes
+    python scripts/plan_balance.py                                   # 8, 64 and 512 ranks, 200 seeds: a minute
     python scripts/plan_balance.py --ranks 16 --rows 32 --dead 0.3 --mean_tokens 2000 --seeds 50
 
 Completions are made up: groups with prompts of 100 to 200 tokens, lengths log-normal, a share of the groups dead, that
