@@ -52,7 +52,7 @@ TABLES = st.integers(1, 5).flatmap(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(TABLES, st.booleans(), st.sampled_from([0, 5000]))
 def test_every_plan(case, by_prompt, work_of_a_pair):
     num_ranks, rows = case

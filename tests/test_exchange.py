@@ -107,7 +107,7 @@ def contents(rows, index):
     return found
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.integers(2, 4), st.integers(2, 8), st.integers(0, 2**20), st.sets(st.integers(0, 3)))
 def test_each_row_arrives_once_and_as_it_was(size, count, seed, cannot_share):
     world = World(size)

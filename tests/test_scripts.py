@@ -340,6 +340,7 @@ def bench(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_bench_update(bench, tmp_path, capsys):
     file = tmp_path / "bench.json"
     assert bench.main(["--workloads", "gsm8k", "--repeats", "1", "--output_file", str(file)]) == 0
@@ -691,7 +692,8 @@ def test_check_gpu_refuses(check_gpu, capsys, arguments, message):
 MACHINE = {"gpu": "a card", "driver": "1.2", "versions": {"torch": "9.9"}}
 
 
-@pytest.mark.parametrize("has_rich", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("has_rich", [True, False])
 def test_check_gpu_runs_all_parts(check_gpu, monkeypatch, tmp_path, capsys, has_rich):
     """What fails, ends too late or leaves nothing behind does not keep the others from running."""
     if not has_rich:
