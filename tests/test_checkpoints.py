@@ -66,6 +66,7 @@ def test_the_manifest_knows_every_file(saved):
     assert (sorted(whole_checkpoints(saved)[0]), whole_checkpoints(saved)[1]) == ([1, 2, 3, 4], [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [

@@ -54,6 +54,7 @@ def complete(policy, prompts, *, batch_size=64, max_new_tokens=60, temperature=0
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_completions_do_not_depend_on_the_batch(policy, temperature):
     """Left padding and the order must not show, nor what else is sampled."""
@@ -228,6 +229,7 @@ def test_an_evaluation_keeps_and_counts_every_answer(policy, problems, whole):
     assert evaluation.figures.estimates["answer"].mean == pytest.approx(right / 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_the_file_is_the_same_whatever_the_batch_size(policy, problems, whole, tmp_path, batch_size):
     evaluate(*policy, problems, answers_file=tmp_path / "found.jsonl", batch_size=batch_size, **OPTIONS)

@@ -450,8 +450,7 @@ def weights_after(policy, folder, trainer_class=GRPOExtTrainer, evaluates=False,
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shared_prefix", ["on", "off"])
+@pytest.mark.parametrize("shared_prefix", ["on", pytest.param("off", marks=pytest.mark.slow)])
 def test_a_run_with_evaluations_ends_with_the_weights_of_one_without(policy, tmp_path, shared_prefix):
     without = weights_after(policy, tmp_path / "without", shared_prefix=shared_prefix)
     evaluated = weights_after(policy, tmp_path / "with", evaluates=True, shared_prefix=shared_prefix)

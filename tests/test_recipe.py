@@ -103,7 +103,6 @@ def check_summary(output_dir, items=8, steps=2, samples=2):
     return summary
 
 
-@pytest.mark.slow
 def test_a_small_run(tmp_path):
     result = run(*small(tmp_path / "out"), launcher=launcher("cpu.yaml", num_processes=1, is_warm=False))
     assert result.returncode == 0, result.stderr[-3000:]

@@ -164,6 +164,7 @@ def train(policy, output_dir, no_waiting, monkeypatch, **options):
 SCHEDULE = {"num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "max_steps": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
