@@ -202,10 +202,8 @@ class MultiIterationMixin(OrderedMixin):
         reason = None
         if not extension_setting(self.args, "balance_ranks"):
             reason = "off"
-        elif not may_move:
-            reason = f"off: {self.why_rows_stay() or 'these rows are not of text alone'}"
-        elif window is None:
-            reason = "off: passes and optimizer steps do not line up"
+        elif (obstacle := self._why_not_dealt_out(window, may_move)) is not None:
+            reason = f"off: {obstacle}"
         elif (sharers := ranks_with_the_same_rows(self.accelerator)) is not None:
             reason = f"off: with {sharers} several processes compute the same rows"
         self._fast_paths["balance_ranks"] = reason or "on"
@@ -229,9 +227,14 @@ class MultiIterationMixin(OrderedMixin):
         """Why completions without a gradient are computed, where the setting for it does not say so."""
         if self.beta != 0.0:
             return f"off: with a KL term (beta={self.beta}) each completion has a gradient"
+        obstacle = self._why_not_dealt_out(window, may_move)
+        return None if obstacle is None else f"off: {obstacle}"
+
+    def _why_not_dealt_out(self, window: int | None, may_move: bool) -> str | None:
+        """Why these rows stay where TRL puts them."""
         if not may_move:
-            return f"off: {self.why_rows_stay() or 'these rows are not of text alone'}"
-        return None if window is not None else "off: passes and optimizer steps do not line up"
+            return self.why_rows_stay() or "these rows are not of text alone"
+        return None if window is not None else "passes and optimizer steps do not line up"
 
     def _report_slowest_rank(self, rollouts: RolloutBuffer, window: int | None) -> None:
         """Tokens of the slowest process of each optimizer step, which the others wait for, over their mean."""

@@ -24,6 +24,7 @@ from .rows import (
     concatenate,
     empty_row,
     has_weight,
+    kinds_of,
     loss_mask,
     num_rows,
     on_host,
@@ -102,15 +103,9 @@ class RolloutBuffer(Sequence[MicroBatch]):
     def trimmed(self, index: int) -> MicroBatch:
         """Micro-batch `index` without the last columns in which every row is padded, which no other token sees."""
         micro_batch = self._micro_batches[index]
-        width, used = micro_batch["completion_ids"].size(1), self._used_columns(index)
+        kinds, used = kinds_of(micro_batch), self._used_columns(index)
         return {
-            key: value[:, :used]
-            if isinstance(value, torch.Tensor)
-            and value.ndim == 2
-            and value.size(1) == width
-            and not key.startswith("prompt_")
-            else value
-            for key, value in micro_batch.items()
+            key: value[:, :used] if kinds.get(key) == "completion" else value for key, value in micro_batch.items()
         }
 
     def _used_columns(self, index: int) -> int:

@@ -20,7 +20,7 @@ from torch import distributed
 
 from ..shared_prefix.layout import Row, to_device
 from .balance import NOWHERE, Cost, RowTable, ranks_of_rows, slowest_over_mean, work_of_ranks
-from .rows import MicroBatch, RowOnHost
+from .rows import MicroBatch, RowOnHost, kinds_of
 
 
 _DIGEST_BYTES = 8
@@ -137,7 +137,7 @@ def balance(
             `None` if processes have other kinds of rows than each other, which cannot be put together.
     """
     rank, num_ranks = ranks.accelerator.process_index, ranks.accelerator.num_processes
-    kinds, count = _kinds(rows), len(known)
+    kinds, count = kinds_of(rows), len(known)
     prompt_columns = rows["prompt_ids"].size(1)
     own = [
         [step, *_numbers(row, prompt_columns), int(kept)]
@@ -201,9 +201,7 @@ def _known(low: int, high: int, prompt_columns: int, used_columns: int, can_be_p
 
 def _digest(prompt: Hashable) -> tuple[int, int]:
     """Two numbers for a prompt, the same on all processes: so many bits that no two prompts of a run have the same."""
-    if isinstance(prompt, tuple):  # it has come from another process, and has them
-        return prompt
-    assert isinstance(prompt, bytes)
+    assert isinstance(prompt, bytes)  # as `rows_of` has them
     digest = hashlib.blake2b(prompt, digest_size=2 * _DIGEST_BYTES).digest()
     low, high = (int.from_bytes(half, "big", signed=True) for half in (digest[:_DIGEST_BYTES], digest[_DIGEST_BYTES:]))
     return low, high
@@ -223,22 +221,6 @@ def _signature(rows: MicroBatch, kinds: dict[str, str]) -> int:
     return int.from_bytes(digest, "big", signed=True)
 
 
-def _kinds(rows: MicroBatch) -> dict[str, str]:
-    """Of what each tensor has an entry: a token of the prompt, one of the completion, or a row."""
-    prompt, completion = rows["prompt_ids"].shape, rows["completion_ids"].shape
-    kinds = {}
-    for key, value in rows.items():
-        if not isinstance(value, torch.Tensor) or value.ndim == 0:
-            continue
-        if key.startswith("prompt_") and value.shape == prompt:
-            kinds[key] = "prompt"
-        elif not key.startswith("prompt_") and value.shape == completion:
-            kinds[key] = "completion"
-        else:
-            kinds[key] = "row"
-    return kinds
-
-
 # Rows
 
 
@@ -249,9 +231,10 @@ def _widened(rows: MicroBatch, kinds: dict[str, str], widths: tuple[int, int], p
         kind = kinds.get(key)
         if kind not in ("prompt", "completion"):
             return value
-        fill = pad_token_id if key.endswith("_ids") else 0
         more = widths[kind == "completion"] - value.size(1)
-        return torch.nn.functional.pad(value, (more, 0) if kind == "prompt" else (0, more), value=fill)
+        return torch.nn.functional.pad(
+            value, (more, 0) if kind == "prompt" else (0, more), value=_fill(key, pad_token_id)
+        )
 
     return {key: widened(key, value) for key, value in rows.items()}
 
@@ -297,11 +280,16 @@ def _exchanged(rows: MicroBatch, kinds: dict[str, str], moves: _Moves, pad_token
         for (key, values), part in zip(flat.items(), of_keys, strict=True):
             came = part.flatten().clone().view(values.dtype).view(-1, *values.shape[1:])  # a copy is aligned
             if kind != "row":
-                fill = pad_token_id if key.endswith("_ids") else 0
-                padded = torch.full((num_came * columns[kind],), fill, dtype=came.dtype, device=device)
+                size, fill = num_came * columns[kind], _fill(key, pad_token_id)
+                padded = torch.full((size,), fill, dtype=came.dtype, device=device)
                 came = padded.index_copy_(0, coming, came).view(num_came, columns[kind])
             received[key] = came
     return received, sent_bytes
+
+
+def _fill(key: str, pad_token_id: int) -> int:
+    """What padding is of."""
+    return pad_token_id if key.endswith("_ids") else 0
 
 
 def _as_bytes(values: torch.Tensor) -> torch.Tensor:

@@ -69,6 +69,22 @@ def num_rows(rows: MicroBatch) -> int:
     return int(rows["completion_ids"].size(0))
 
 
+def kinds_of(rows: MicroBatch) -> dict[str, str]:
+    """Of what each tensor has an entry: a token of the prompt, one of the completion, or a row."""
+    prompt, completion = rows["prompt_ids"].shape, rows["completion_ids"].shape
+    kinds = {}
+    for key, value in rows.items():
+        if not isinstance(value, torch.Tensor) or value.ndim == 0:
+            continue
+        if key.startswith("prompt_") and value.shape == prompt:
+            kinds[key] = "prompt"
+        elif not key.startswith("prompt_") and value.shape == completion:
+            kinds[key] = "completion"
+        else:
+            kinds[key] = "row"
+    return kinds
+
+
 def concatenate(micro_batches: Sequence[MicroBatch]) -> MicroBatch:
     """The rows of several micro-batches as one; what is not by rows is the first one's."""
 
