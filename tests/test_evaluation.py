@@ -15,6 +15,7 @@ import yaml
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from launch import launcher, run_to_the_end
+from threads import World
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -405,41 +406,87 @@ class Process(SimpleNamespace):
         )
 
 
+def evaluate_in_threads(tiny, problems, answer, *, num_processes=2, **options):
+    """An evaluation on each process, and by process and temperature what it has generated at once.
+
+    `answer(text, temperature, stream)` is the completion of a prompt.
+    """
+    world = World(num_processes)
+    generated = [collections.defaultdict(list) for _ in range(num_processes)]
+
+    def generate(model, tokenizer, requests, **_):
+        drawn = [answer(tokenizer.decode(row.prompt_ids), row.temperature, row.stream) for row in requests]
+        generated[world.rank][requests[0].temperature].append(drawn)
+        return drawn
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "generate", generate)
+        patch.setattr(driver, "gather_object", world.gather_object)
+        patch.setattr(driver, "broadcast_object_list", world.broadcast_object_list)
+        patch.setattr(driver, "_unwrapped", lambda model, accelerator, options: nullcontext(model))
+        options = {"max_new_tokens": 99, "description": None, **options}
+        found = world.run(lambda accelerator: evaluate(*tiny, problems, accelerator=accelerator, **options))
+    return found, generated
+
+
 @pytest.mark.parametrize("items", [5, 4, 1])
-def test_each_problem_counts_once_however_many_processes_there_are(tiny, monkeypatch, items):
+def test_each_problem_counts_once_however_many_processes_there_are(tiny, items):
     """All processes generate equally often, so that the last problem is done twice; its answer counts once."""
     problems = Dataset.from_dict({"prompt": list("abcde"[:items]), "answer": [f"{number}" for number in range(items)]})
-    generated, given = {0: [], 1: []}, {0: [], 1: []}
 
-    def run(index):
-        def generate(model, tokenizer, requests, **options):
-            texts = [tokenizer.decode(request.prompt_ids) for request in requests]
-            generated[index].append(texts)
-            return [driver.Completion(f"<answer>{'abcde'.index(text)}</answer>", 1, "stop") for text in texts]
+    def answer(text, *_):
+        return driver.Completion(f"<answer>{'abcde'.index(text)}</answer>", 1, "stop")
 
-        def gather(objects):
-            given[index].append(objects)
-            others = given[1 - index][len(given[index]) - 1] if index == 0 else objects
-            return [*objects, *others]
-
-        monkeypatch.setattr(driver, "generate", generate)
-        monkeypatch.setattr(driver, "gather_object", gather)
-        monkeypatch.setattr(driver, "broadcast_object_list", lambda outcome: [[], None])
-        monkeypatch.setattr(driver, "_unwrapped", lambda model, accelerator, options: nullcontext(model))
-        options = {"max_new_tokens": 4, "samples_per_item": 3, "batch_size": 2, "accelerator": Process(index, 2)}
-        return evaluate(*tiny, problems, description=None, **options)
-
-    run(1)
-    evaluation = run(0)
-    assert [len(texts) for texts in generated[0]] == [len(texts) for texts in generated[1]]
-    assert max(len(texts) for texts in generated[0]) <= 2
-    assert {text for calls in generated.values() for texts in calls for text in texts} == set("abcde"[:items])
+    (evaluation, other), generated = evaluate_in_threads(tiny, problems, answer, samples_per_item=3, batch_size=2)
+    assert evaluation == other
+    calls = [[len(drawn) for drawn in of_rank[0.0] + of_rank[1.0]] for of_rank in generated]
+    assert calls[0] == calls[1]
+    assert max(calls[0]) <= 2
     assert [(answer.id, answer.temperature, answer.sample) for answer in evaluation.answers] == [
         (number, temperature, sample)
         for number in range(items)
         for temperature, sample in ((0.0, 0), (1.0, 0), (1.0, 1), (1.0, 2))
     ]
     assert evaluation.figures.estimates["strict"].mean == 1.0  # each answer is of its own problem
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_answers_of_one_length_are_generated_together(tiny, num_processes):
+    """Samples by their problem's greedy answer; all of them by their own lengths where another policy's are there."""
+    letters = "abcdefghijkl"
+    problems = Dataset.from_dict({"prompt": list(letters), "answer": ["1"] * len(letters)})
+    greedy = dict(zip(letters, [7, 30, 2, 9, 30, 4, 1, 12, 8, 3, 25, 6], strict=True))
+    sample_of = {stream_of(0, row, sample): sample for row in range(len(letters)) for sample in range(2)}
+
+    def answer(text, temperature, stream):
+        return driver.Completion(text, greedy[text] + (30 * sample_of[stream] if temperature else 0), "stop")
+
+    def steps(generated, temperature):
+        """For how many steps all processes generate, who wait for each other after each batch."""
+        batches = zip(*(of_rank[temperature] for of_rank in generated), strict=True)
+        return sum(max(row.tokens for drawn in batch for row in drawn) for batch in batches)
+
+    options = {"num_processes": num_processes, "samples_per_item": 2, "batch_size": 6 // num_processes}
+    found, generated = evaluate_in_threads(tiny, problems, answer, **options)
+    assert all(evaluation == found[0] for evaluation in found)
+    lengths = [greedy[letter] for letter in letters]
+    at_once = [
+        sorted(letter for of_rank in generated for row in of_rank[0.0][turn] for letter in row.text) for turn in (0, 1)
+    ]
+    assert at_once == [list(letters[:6]), list(letters[6:])]  # nothing is known
+    assert steps(generated, 0.0) == max(lengths[:6]) + max(lengths[6:])
+    longest_first = sorted(lengths, reverse=True)
+    assert steps(generated, 1.0) == sum(30 + longest_first[turn] for turn in (0, 3, 6, 9))
+
+    again, generated = evaluate_in_threads(tiny, problems, answer, **options, earlier=found[0].answers)
+    assert again[0] == found[0]
+    assert steps(generated, 0.0) == longest_first[0] + longest_first[6]
+    of_samples = sorted([*lengths, *(30 + length for length in lengths)], reverse=True)
+    assert steps(generated, 1.0) == sum(of_samples[turn] for turn in (0, 6, 12, 18))
+    for batch in zip(*(of_rank[1.0] for of_rank in generated), strict=True):  # long and short ones on each process
+        tokens = [[row.tokens for row in drawn] for drawn in batch]
+        means = [np.mean(of_rank) for of_rank in tokens]
+        assert max(means) - min(means) <= np.ptp(tokens) / len(tokens[0])
 
 
 @pytest.mark.slow

@@ -273,6 +273,21 @@ def test_a_trainer_that_evaluates_by_itself(policy, tmp_path, scripted):
     assert len(script.calls) == 3
 
 
+def test_each_evaluation_knows_the_one_before(policy, tmp_path, scripted):
+    """Whose answers' lengths are much like its own; of each set its own, and nothing of an earlier training."""
+    script = scripted(1, 2, 3, 4)
+    trainer = make_trainer(policy, tmp_path, max_steps=1)
+    script.of(trainer, {"main": PROBLEMS, "others": OTHERS})
+    trainer.train()
+    earlier = [[answer.id for answer in options["earlier"]] for _, _, options in script.calls]
+    of_sets = [[name for name in range(10) for _ in range(3)], ["the only one"] * 3]
+    assert earlier == [[], [], *of_sets]
+    script.calls.clear()
+    trainer.state.global_step = 0
+    trainer.train()
+    assert [len(options["earlier"]) for _, _, options in script.calls] == [0, 0, 30, 3]
+
+
 def test_the_policys_engine_generates(policy, tmp_path, scripted, monkeypatch):
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", NoSampler)
     script = scripted(1)

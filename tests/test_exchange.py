@@ -1,56 +1,16 @@
 """Rows that go from rank to rank, in threads that stand for processes: each arrives once, and as it was."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import World
 
 from trl_grpo_ext.rollouts import exchange
 from trl_grpo_ext.rollouts.exchange import Ranks, balance
 from trl_grpo_ext.rollouts.rows import rows_on_host, select
-
-
-class World:
-    """Collective calls of threads, as `torch.distributed` and accelerate have them."""
-
-    def __init__(self, size):
-        self.size, self.barrier, self.slots = size, threading.Barrier(size, timeout=20), [None] * size
-        self.of_thread = threading.local()
-
-    def all(self, value):
-        """What every thread has given."""
-        self.slots[self.of_thread.rank] = value
-        self.barrier.wait()
-        values = list(self.slots)
-        self.barrier.wait()
-        return values
-
-    def all_to_all_single(self, output, given, output_sizes, input_sizes):
-        of_ranks = self.all(given.split(input_sizes))
-        pieces = [pieces[self.of_thread.rank] for pieces in of_ranks]
-        assert [len(piece) for piece in pieces] == output_sizes
-        output.copy_(torch.cat(pieces))
-
-    def run(self, function):
-        """Its result on each rank."""
-
-        def on(rank):
-            self.of_thread.rank = rank
-            accelerator = SimpleNamespace(
-                process_index=rank,
-                num_processes=self.size,
-                device=torch.device("cpu"),
-                gather=lambda tensor: torch.cat(self.all(tensor)),
-            )
-            return function(rank, Ranks(accelerator, pad_token_id=3))
-
-        with ThreadPoolExecutor(self.size) as pool:
-            return list(pool.map(on, range(self.size)))
 
 
 @dataclass
@@ -119,7 +79,8 @@ def test_each_row_arrives_once_and_as_it_was(size, count, seed, cannot_share):
         if rows.is_kept[index]
     }
 
-    def deal(rank, ranks):
+    def deal(accelerator):
+        rank, ranks = accelerator.process_index, Ranks(accelerator, pad_token_id=3)
         rows = made[rank].rows
         known = rows_on_host(rows["prompt_ids"], rows["prompt_mask"], rows["completion_mask"])
         return balance(
@@ -176,7 +137,8 @@ def test_each_row_arrives_once_and_as_it_was(size, count, seed, cannot_share):
 def test_rows_of_different_kinds_stay(change):
     world = World(2)
 
-    def deal(rank, ranks):
+    def deal(accelerator):
+        rank, ranks = accelerator.process_index, Ranks(accelerator, pad_token_id=3)
         made = make_rows(rank, 4, 0)
         rows = change(made.rows) if rank == 1 else made.rows
         known = rows_on_host(rows["prompt_ids"], rows["prompt_mask"], rows["completion_mask"])

@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import ProgressCallback, TrainerCallback
 
 from ..interrupt import has_interrupted
-from .answers import read_answers, write_answers, write_at_once, write_lines
+from .answers import Answer, read_answers, write_answers, write_at_once, write_lines
 from .driver import check_problems, evaluate
 from .figures import Figures, figures_of
 from .history import AFTER, BEFORE, FIGURES_FILE, FOLDER, STEP, EvaluationRecord, answers_file, read_history
@@ -138,6 +138,7 @@ class EvaluationCallback(TrainerCallback):
         self._records: list[EvaluationRecord] = []
         self._latest: tuple[str, int] | None = None  # evaluation and step
         self._latest_figures: dict[str, Figures] = {}
+        self._latest_answers: dict[str, list[Answer]] = {}
         self._asked_for: set[str] = set()  # what of the trainer's evaluations has come with the latest one
 
     # Events
@@ -228,8 +229,9 @@ class EvaluationCallback(TrainerCallback):
                     "gather_deepspeed3_params": trainer.args.ds3_gather_for_generation,
                     "gradient_checkpointing_kwargs": trainer.args.gradient_checkpointing_kwargs,
                 },
+                earlier=self._latest_answers.get(name, ()),  # whose lengths are much like those to come
             )
-            figures[name] = found.figures
+            figures[name], self._latest_answers[name] = found.figures, found.answers
             if trainer.accelerator.is_main_process:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_answers(self._file(evaluation, step, name), found.answers)

@@ -5,16 +5,20 @@ changes; samples show how much of the distribution moved.
 
 Answers are generated a chunk at a time: as many as all processes generate at once. After each chunk the main process
 appends them to a file, so that whatever ends an evaluation costs a chunk, and calling it again goes on from there.
+A chunk takes as long as its longest answer, on every process. So answers that are likely to be of one length share a
+chunk: how long they are is known, more or less, from the problem's other answers, see [`KnownLengths`].
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,6 +108,48 @@ def key_of(answer: Answer) -> tuple[str | int, float | None, int]:
     return answer.id, answer.temperature, answer.sample
 
 
+class KnownLengths:
+    """How many tokens answers are likely to have, by those that are there.
+
+    The same sample of another policy in the same training says most: the random numbers are the same. Else a problem's
+    answers on average, of which the greedy one comes before all samples.
+
+    Args:
+        answers (`Iterable[Answer]`):
+            Answers to the same problems; those without their number of tokens say nothing.
+    """
+
+    def __init__(self, answers: Iterable[Answer]) -> None:
+        self._of_key: dict[Any, int] = {}
+        self._of_problem: dict[str | int, list[int]] = defaultdict(list)
+        self.add(answers)
+
+    def add(self, answers: Iterable[Answer]) -> None:
+        for answer in answers:
+            if answer.tokens is not None:
+                self._of_key.setdefault(key_of(answer), answer.tokens)
+                self._of_problem[answer.id].append(answer.tokens)
+
+    def of(self, task: Task) -> float:
+        """An answer's likely length in tokens; infinite where nothing is known of its problem."""
+        if task.key in self._of_key:
+            return self._of_key[task.key]
+        lengths = self._of_problem.get(task.problem.id)
+        return fmean(lengths) if lengths else float("inf")
+
+
+def in_chunks(tasks: Sequence[Task], lengths: KnownLengths, size: int) -> Iterator[list[Task]]:
+    """The answers that are generated at once, likely long ones first; all of them at one temperature.
+
+    What is known of `lengths` when a temperature's first chunk is asked for decides on the order of all its answers.
+    """
+    for temperature in dict.fromkeys(task.temperature for task in tasks):
+        of_one = [task for task in tasks if task.temperature == temperature]
+        of_one.sort(key=lengths.of, reverse=True)  # stays in its order where lengths are the same
+        for start in range(0, len(of_one), size):
+            yield of_one[start : start + size]
+
+
 def check_problems(dataset: "Dataset") -> None:
     """Raise `ValueError` unless a data set has problems, each with a prompt and an answer to compare with.
 
@@ -158,6 +204,7 @@ def evaluate(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     end_ids: Sequence[int] | None = None,
     unwrap_options: Mapping[str, Any] | None = None,
+    earlier: Iterable[Answer] = (),
 ) -> Evaluation:
     """Let a policy answer problems, greedily and with samples, and grade the answers.
 
@@ -210,6 +257,9 @@ def evaluate(
         unwrap_options (`Mapping[str, Any]`, *optional*):
             Further arguments of TRL's `unwrap_model_for_generation`, where training uses them: it turns gradient
             checkpointing off and, with `gradient_checkpointing_kwargs`, on again.
+        earlier (`Iterable[Answer]`, *optional*):
+            Answers of another policy to these problems, the same on every process: an evaluation before this one.
+            They say only which answers are likely to be of one length, and are generated together for that.
 
     Returns:
         `Evaluation`:
@@ -233,8 +283,8 @@ def evaluate(
     if model is None and (vllm is None or _is_trainers(vllm)):
         raise ValueError("model is None: only a vllm.LLM generates without one")
     problems = _problems_of(dataset, tokenizer, chat_template_kwargs or {})
-    # Greedy answers first. Longest prompts first: what does not fit into memory shows at once, and rows that are
-    # generated together are of about one length.
+    # Greedy answers first, which tell how long samples are going to be. Longest prompts first, as far as answers are
+    # of one length: what does not fit into memory shows at once.
     by_length = sorted(problems, key=lambda problem: -len(problem.prompt_ids))
     tasks = [Task(problem, 0.0, 0) for problem in by_length]
     tasks += [Task(problem, float(temperature), k) for problem in by_length for k in range(samples_per_item)]
@@ -253,6 +303,8 @@ def evaluate(
         file = AnswersFile(Path(answers_file), depends_on)
     answers = _from_main_process(accelerator, lambda: file.begin(tasks) if file is not None else [])
     found = {key_of(answer): answer for answer in answers}
+    lengths = KnownLengths(earlier)
+    lengths.add(answers)
 
     missing = [task for task in tasks if task.key not in found]
     with tqdm(
@@ -268,12 +320,14 @@ def evaluate(
             if file is not None and main_process:
                 append_answers(file.path, answers)
             found.update({key_of(answer): answer for answer in answers})
+            lengths.add(answers)
             progress.update(len(answers))
 
         _generate_all(
             model,
             tokenizer,
             missing,
+            lengths,
             keep,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
@@ -419,6 +473,7 @@ def _generate_all(
     model: nn.Module | None,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
+    lengths: KnownLengths,
     keep: Callable[[list[Answer]], None],
     *,
     max_new_tokens: int,
@@ -454,23 +509,25 @@ def _generate_all(
             complete = partial(generate_with_trainers_vllm, vllm, tokenizer, **options)
         else:
             complete = partial(generate_with_vllm, vllm, tokenizer, shows_progress=shows_progress, **options)
-        for chunk in _chunks(tasks, (batch_size if vllm is None else ANSWERS_OF_VLLM_AT_ONCE) * num_processes):
+        at_once = (batch_size if vllm is None else ANSWERS_OF_VLLM_AT_ONCE) * num_processes
+        for chunk in in_chunks(tasks, lengths, at_once):
             requests = [
                 Request(task.problem.prompt_ids, task.temperature, stream_of(seed, task.problem.id, task.sample))
                 for task in chunk
             ]
-            # Each process takes as many, the last one again and again if need be: where weights are shared out, all
-            # processes must generate equally often.
+            # Each process takes as many, long and short ones, the last one again and again if need be: where weights
+            # are shared out, all processes must generate equally often.
             share = -(-len(chunk) // num_processes)
             requests += [requests[-1]] * (share * num_processes - len(chunk))
-            mine = requests[process_index * share : (process_index + 1) * share]
+            mine = requests[process_index::num_processes]
             if is_trainers:
                 # processes that share a copy of the model sample for all of them, and must draw the same
                 drawn = complete(mine, seed=requests[0].stream + process_index // vllm.tensor_parallel_size)
             else:
                 drawn = complete(mine)
             if num_processes > 1:
-                drawn = gather_object(drawn)
+                drawn = gather_object(drawn)  # process after process
+                drawn = [drawn[process * share + turn] for turn in range(share) for process in range(num_processes)]
             keep([_to_answer(task, completion) for task, completion in zip(chunk, drawn, strict=False)])
 
 
@@ -485,14 +542,6 @@ def _unwrapped(model: nn.Module, accelerator: Accelerator, options: Mapping[str,
         DistributedBackend(accelerator).summon_full_params(model, recurse=False),  # those outside of FSDP's units
     ):
         yield policy
-
-
-def _chunks(tasks: Sequence[Task], size: int) -> Any:
-    """The answers that are generated at once; all of them at one temperature."""
-    for temperature in dict.fromkeys(task.temperature for task in tasks):
-        of_one = [task for task in tasks if task.temperature == temperature]
-        for start in range(0, len(of_one), size):
-            yield of_one[start : start + size]
 
 
 def _undisturbed(policy: nn.Module | None) -> AbstractContextManager[None]:
