@@ -9,6 +9,10 @@ the mean of all, before and after, means over seeds, and what 99 % of the seeds 
 there are because some prompts are computed on two ranks; how much of its own rows a rank sends at most; how long it
 plans; and, for comparison, generation, which nothing evens out: the longest completion of all over the mean of the
 ranks' longest ones, for which each rank generates.
+
+A second table is of evaluation, in which a batch too lasts as long as its longest answer on any rank: problems with
+several samples of each, and for how many tokens ranks generate, over those that the answers have. The order is the
+driver's own, without knowing lengths, with those of the greedy answers, and with those of an evaluation before.
 """
 
 import gc
@@ -32,11 +36,16 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from trl import TrlParser
 
+from trl_grpo_ext.evaluation.answers import Answer
+from trl_grpo_ext.evaluation.driver import KnownLengths, Problem, Task, in_chunks
 from trl_grpo_ext.rollouts.balance import NOWHERE, Cost, RowTable, ranks_of_rows, slowest_over_mean, work_of_ranks
 
 
 # Tokens, and with a prompt that is computed once for the rows of it on a rank
 COST = Cost(by_prompt=True)
+# How much the logarithms of lengths correlate: two answers of a policy to one problem, and a sample with the same one,
+# of the same random numbers, of the policy some steps before. The offline recipe's are 0.35 to 0.66, and above 0.9.
+OF_ONE_PROBLEM, OF_ONE_SAMPLE = 0.5, 0.9
 
 
 @dataclass
@@ -54,14 +63,33 @@ class BalanceArguments:
     mean_tokens: int = field(default=200, metadata={"help": "Mean length of completions."})
     longest_tokens: int = field(default=2048, metadata={"help": "Where completions are cut off."})
     num_generations: int = field(default=8, metadata={"help": "Completions of a group."})
+    eval_ranks: list[int] = field(
+        default_factory=lambda: [1, 8, 64], metadata={"help": "Numbers of ranks that evaluate."}
+    )
+    eval_problems: int = field(default=1319, metadata={"help": "Problems; GSM8K's test set has 1,319."})
+    eval_samples: int = field(default=4, metadata={"help": "Samples of each problem."})
+    eval_batch_size: int = field(default=64, metadata={"help": "Answers that a rank generates at once."})
+    eval_seeds: int = field(
+        default=10, metadata={"help": "How many evaluations are made up for each setting; 0: none."}
+    )
     seeds: int = field(default=200, metadata={"help": "How many batches are made up for each setting."})
     markdown: bool = field(default=False, metadata={"help": "Print the table as Markdown."})
 
     def __post_init__(self) -> None:
-        for name in ("mean_tokens", "longest_tokens", "num_generations", "seeds"):
+        for name in (
+            "mean_tokens",
+            "longest_tokens",
+            "num_generations",
+            "seeds",
+            "eval_problems",
+            "eval_samples",
+            "eval_batch_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("ranks", "rows"):
+        if self.eval_seeds < 0:
+            raise ValueError(f"--eval_seeds must not be negative, got {self.eval_seeds}")
+        for name in ("ranks", "rows", "eval_ranks"):
             if min(getattr(self, name)) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {min(getattr(self, name))}")
         for ranks, rows in product(self.ranks, self.rows):
@@ -126,6 +154,50 @@ def plan(table: RowTable, num_ranks: int) -> Seed:
     )
 
 
+def generated_tokens(args: BalanceArguments, num_ranks: int, sigma: float, known: str | None, seed: int) -> float:
+    """For how many tokens ranks generate in an evaluation's samples, over those that the answers have."""
+    numbers = np.random.default_rng(seed)
+    problems = [Problem(index, "", "", []) for index in range(args.eval_problems)]
+    tasks = [Task(problem, 1.0, sample) for problem in problems for sample in range(args.eval_samples)]
+    mean = math.log(args.mean_tokens) - sigma**2 / 2
+
+    def lengths(logarithms: np.ndarray) -> np.ndarray:
+        return np.clip(np.round(np.exp(mean + sigma * logarithms)), 1, args.longest_tokens).astype(np.int64)
+
+    def much_like(logarithms: np.ndarray, correlation: float) -> np.ndarray:
+        others = numbers.standard_normal(logarithms.shape)
+        return correlation * logarithms + math.sqrt(1 - correlation**2) * others
+
+    of_problems = numbers.standard_normal(args.eval_problems)
+    greedy = much_like(of_problems, math.sqrt(OF_ONE_PROBLEM))
+    samples = much_like(np.repeat(of_problems, args.eval_samples), math.sqrt(OF_ONE_PROBLEM))
+    tokens = dict(zip((task.key for task in tasks), lengths(samples).tolist(), strict=True))
+    there: dict[tuple[str | int, float, int], int] = {}
+    if known == "greedy":
+        keys = [(index, 0.0, 0) for index in range(args.eval_problems)]
+        there.update(zip(keys, lengths(greedy).tolist(), strict=True))
+    elif known == "earlier":
+        there.update(zip(tokens, lengths(much_like(samples, OF_ONE_SAMPLE)).tolist(), strict=True))
+    answers = [
+        Answer(id=name, sample=sample, temperature=temperature, prompt="", completion="", answer="", tokens=length)
+        for (name, temperature, sample), length in there.items()
+    ]
+    generated = 0
+    for chunk in in_chunks(tasks, KnownLengths(answers), args.eval_batch_size * num_ranks):
+        rows = math.ceil(len(chunk) / num_ranks) * num_ranks  # each rank has as many
+        generated += rows * max(tokens[task.key] for task in chunk)
+    return generated / sum(tokens.values())
+
+
+def results_of_evaluation(args: BalanceArguments) -> Iterable[list[str]]:
+    for num_ranks, sigma in product(args.eval_ranks, args.sigma):
+        means = [
+            statistics.fmean(generated_tokens(args, num_ranks, sigma, known, seed) for seed in range(args.eval_seeds))
+            for known in (None, "greedy", "earlier")
+        ]
+        yield [str(num_ranks), f"{sigma:g}", *(f"{mean:.2f}" for mean in means)]
+
+
 def results_of(args: BalanceArguments) -> Iterable[tuple[tuple[int, int, float, float], list[Seed]]]:
     settings = list(product(args.ranks, args.rows, args.dead, args.sigma))
     with tqdm(total=len(settings) * args.seeds, unit="batch", disable=not sys.stderr.isatty()) as progress:
@@ -173,15 +245,24 @@ def main(argv: list[str]) -> int:
                 f"{statistics.fmean(seed.generation for seed in seeds):.2f}",
             ]
         )
-    if args.markdown:
-        for line in (names, ["---"] * len(names), *lines):
-            print("|", " | ".join(line), "|")
-        return 0
-    table = Table(*names, title="Tokens of the slowest rank over the mean")
+    of_evaluation = list(results_of_evaluation(args)) if args.eval_seeds else []
+    show("Tokens of the slowest rank over the mean", names, lines, args.markdown)
+    if of_evaluation:
+        names = ["ranks that evaluate", "sigma", "nothing known", "greedy answers", "evaluation before"]
+        show("Tokens that samples are generated for, over theirs", names, of_evaluation, args.markdown)
+    return 0
+
+
+def show(title: str, names: list[str], lines: list[list[str]], markdown: bool) -> None:
+    """Print a table."""
+    if markdown:
+        for line in (names, ["---"] * len(names), *lines, []):
+            print("|" if line else "", " | ".join(line), "|" if line else "")
+        return
+    table = Table(*names, title=title)
     for line in lines:
         table.add_row(*line)
     Console(width=None if sys.stdout.isatty() else 119).print(table)
-    return 0
 
 
 if __name__ == "__main__":

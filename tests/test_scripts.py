@@ -308,16 +308,24 @@ def test_plan_memory(tmp_path, capsys):
 def test_plan_balance(capsys):
     module = load("plan_balance.py")
     options = ["--ranks", "4", "--rows", "16", "--dead", "0.5", "--sigma", "0.6", "--seeds", "3"]
+    options += ["--eval_ranks", "1", "4", "--eval_problems", "300", "--eval_batch_size", "16", "--eval_seeds", "2"]
     assert module.main([*options, "--markdown", "true"]) == 0
-    names, _, line = (
+    names, _, line, _, names_of_evaluation, _, *of_evaluation, _ = (
         [cell.strip() for cell in row.strip("|").split("|")] for row in capsys.readouterr().out.splitlines()
     )
+    for of_ranks in of_evaluation:
+        wasted = dict(zip(names_of_evaluation, of_ranks, strict=True))
+        order = [float(wasted[name]) for name in ("evaluation before", "greedy answers", "nothing known")]
+        assert 1 <= order[0] < order[1] < order[2]
+    assert [line[0] for line in of_evaluation] == ["1", "4"]
     found = dict(zip(names, line, strict=True))
     assert found["ranks x rows"] == "4 x 16"
     assert 1 <= float(found["after"]) < float(found["before"])
     assert float(found["sends"]) <= 1  # no row goes twice
     assert module.main(options) == 0
-    assert "Tokens of the slowest rank over the mean" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Tokens of the slowest rank over the mean" in printed
+    assert "Tokens that samples are generated for" in printed
     for wrong, said in (
         (["--ranks", "3", "--rows", "5"], "cannot hold whole groups"),
         (["--dead", "1"], "--dead must be"),
