@@ -93,7 +93,7 @@ def check(found, expected, tolerance):
     for name in ("loss", "grad_norm"):
         values = series(expected, name)
         assert len(values) == 4
-        assert series(found, name) == pytest.approx(values, rel=10 * tolerance, abs=tolerance), name
+        assert series(found, name) == pytest.approx(values, rel=tolerance, abs=tolerance / 10), name
     weights, of_other = load_file(found / "final.safetensors"), load_file(expected / "final.safetensors")
     assert weights.keys() == of_other.keys()
     assert relative_difference(weights, of_other, load_file(expected / "start.safetensors")) < tolerance
@@ -224,4 +224,4 @@ def test_metrics_of_the_sampler(policy, tmp_path):
     for name in expected:
         values = series(tmp_path / "trl", name)
         assert len(values) == 2
-        assert series(tmp_path / "ext", name) == pytest.approx(values, rel=1e-4, abs=1e-6), name
+        assert series(tmp_path / "ext", name) == pytest.approx(values, rel=1e-5, abs=1e-6), name
