@@ -375,6 +375,22 @@ def test_going_on_from_a_checkpoint(policy, tmp_path, scripted):
     assert "step-000003.of-mine.jsonl.txt" in names(tmp_path)
 
 
+def test_a_run_that_goes_on_knows_the_evaluation_before(policy, tmp_path, scripted):
+    """As it would have without being interrupted: answers are generated together with the same others."""
+    first = scripted(1, 2, 3, 9, 9)
+    run(policy, tmp_path, first)
+    second = scripted(4, 5)
+    run(policy, tmp_path, second, str(tmp_path / "checkpoint-2"), max_steps=4)
+    step_of = {step: options["earlier"] for step, _, options in first.calls}
+    earlier = second.calls[0][2]["earlier"]
+    assert [answer.completion for answer in earlier] == [answer.completion for answer in step_of[3]]
+    assert [answer.tokens for answer in earlier] == [3] * 30
+    (tmp_path / "answers" / "step-000002.jsonl").unlink()
+    third = scripted(4, 5)
+    run(policy, tmp_path, third, str(tmp_path / "checkpoint-2"), max_steps=3)
+    assert third.calls[0][2]["earlier"] == []  # gone, and no harm done
+
+
 def test_an_attempt_that_ends_before_the_next_checkpoint(policy, tmp_path, scripted):
     """What lies there from behind the checkpoint is gone as soon as the run goes on."""
     run(policy, tmp_path, scripted(1, 2, 3, 9, 9))

@@ -299,7 +299,11 @@ class EvaluationCallback(TrainerCallback):
             if self._records:
                 self._write_figures()
             before = self._read_before()
-        self._records, before = broadcast_object_list([self._records, before])
+            newest = {record.set: record for record in self._records}
+            self._latest_answers = {name: self._read(of.evaluation, of.step, name) for name, of in newest.items()}
+        self._records, before, self._latest_answers = broadcast_object_list(
+            [self._records, before, self._latest_answers]
+        )
         for record in self._records:
             if record.evaluation == STEP:
                 self.history.setdefault(record.step, {})[record.set] = record.figures
@@ -320,15 +324,19 @@ class EvaluationCallback(TrainerCallback):
             entry.get("step") == record.step and logs.items() <= entry.items() for entry in log_history
         )
 
+    def _read(self, evaluation: str, step: int, name: str) -> list[Answer]:
+        """An evaluation's answers of a set; none where the file is missing or damaged."""
+        try:
+            return read_answers(self._file(evaluation, step, name))
+        except (OSError, ValueError):
+            return []
+
     def _read_before(self) -> dict[str, Figures] | None:
         """Figures of the answers before training; `None` unless there are some of each problem."""
         known = {record.set for record in self._records if record.evaluation == BEFORE}
         figures = {}
         for name, dataset in self.problems.items():
-            try:
-                answers = read_answers(self._file(BEFORE, 0, name)) if name in known else []
-            except (OSError, ValueError):
-                answers = []
+            answers = self._read(BEFORE, 0, name) if name in known else []
             ids = dataset["id"] if "id" in dataset.column_names else range(len(dataset))
             if not answers or {answer.id for answer in answers} != set(ids):
                 return None
