@@ -116,17 +116,23 @@ class Seed:
     generation: float
 
 
+def made_up_lengths(args: BalanceArguments, sigma: float, normal: np.ndarray) -> np.ndarray:
+    """Completions' lengths in tokens, log-normal, from numbers of the standard normal distribution."""
+    lengths = np.exp(math.log(args.mean_tokens) - sigma**2 / 2 + sigma * normal)
+    return np.clip(np.round(lengths), 1, args.longest_tokens).astype(np.int64)
+
+
 def made_up_rows(args: BalanceArguments, ranks: int, rows: int, dead: float, sigma: float, seed: int) -> RowTable:
     """A batch of `ranks * rows` rows; ranks have them one after the other, so groups may be cut in two."""
     numbers, size = np.random.default_rng(seed), args.num_generations
     groups = ranks * rows // size
-    lengths = numbers.lognormal(math.log(args.mean_tokens) - sigma**2 / 2, sigma, groups * size)
+    lengths = made_up_lengths(args, sigma, numbers.standard_normal(groups * size))
     return RowTable(
         rank=np.repeat(np.arange(ranks), rows),
         step=np.zeros(groups * size, dtype=np.int64),
         prompt=np.repeat(np.arange(groups), size),
         prompt_tokens=np.repeat(numbers.integers(100, 201, groups), size),
-        completion_tokens=np.clip(np.round(lengths), 1, args.longest_tokens).astype(np.int64),
+        completion_tokens=lengths,
         is_kept=np.repeat(numbers.random(groups) >= dead, size).astype(np.int64),
     )
 
@@ -159,10 +165,6 @@ def generated_tokens(args: BalanceArguments, num_ranks: int, sigma: float, known
     numbers = np.random.default_rng(seed)
     problems = [Problem(index, "", "", []) for index in range(args.eval_problems)]
     tasks = [Task(problem, 1.0, sample) for problem in problems for sample in range(args.eval_samples)]
-    mean = math.log(args.mean_tokens) - sigma**2 / 2
-
-    def lengths(logarithms: np.ndarray) -> np.ndarray:
-        return np.clip(np.round(np.exp(mean + sigma * logarithms)), 1, args.longest_tokens).astype(np.int64)
 
     def much_like(logarithms: np.ndarray, correlation: float) -> np.ndarray:
         others = numbers.standard_normal(logarithms.shape)
@@ -171,16 +173,18 @@ def generated_tokens(args: BalanceArguments, num_ranks: int, sigma: float, known
     of_problems = numbers.standard_normal(args.eval_problems)
     greedy = much_like(of_problems, math.sqrt(OF_ONE_PROBLEM))
     samples = much_like(np.repeat(of_problems, args.eval_samples), math.sqrt(OF_ONE_PROBLEM))
-    tokens = dict(zip((task.key for task in tasks), lengths(samples).tolist(), strict=True))
-    there: dict[tuple[str | int, float, int], int] = {}
+    tokens = dict(zip((task.key for task in tasks), made_up_lengths(args, sigma, samples).tolist(), strict=True))
     if known == "greedy":
-        keys = [(index, 0.0, 0) for index in range(args.eval_problems)]
-        there.update(zip(keys, lengths(greedy).tolist(), strict=True))
+        keys, known_lengths = [(problem.id, 0.0, 0) for problem in problems], greedy
     elif known == "earlier":
-        there.update(zip(tokens, lengths(much_like(samples, OF_ONE_SAMPLE)).tolist(), strict=True))
+        keys, known_lengths = list(tokens), much_like(samples, OF_ONE_SAMPLE)
+    else:
+        keys, known_lengths = [], np.zeros(0)
     answers = [
         Answer(id=name, sample=sample, temperature=temperature, prompt="", completion="", answer="", tokens=length)
-        for (name, temperature, sample), length in there.items()
+        for (name, temperature, sample), length in zip(
+            keys, made_up_lengths(args, sigma, known_lengths).tolist(), strict=True
+        )
     ]
     generated = 0
     for chunk in in_chunks(tasks, KnownLengths(answers), args.eval_batch_size * num_ranks):
@@ -256,8 +260,9 @@ def main(argv: list[str]) -> int:
 def show(title: str, names: list[str], lines: list[list[str]], markdown: bool) -> None:
     """Print a table."""
     if markdown:
-        for line in (names, ["---"] * len(names), *lines, []):
-            print("|" if line else "", " | ".join(line), "|" if line else "")
+        for line in (names, ["---"] * len(names), *lines):
+            print("|", " | ".join(line), "|")
+        print()
         return
     table = Table(*names, title=title)
     for line in lines:

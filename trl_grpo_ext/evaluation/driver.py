@@ -285,9 +285,9 @@ def evaluate(
     problems = _problems_of(dataset, tokenizer, chat_template_kwargs or {})
     # Greedy answers first, which tell how long samples are going to be. Longest prompts first, as far as answers are
     # of one length: what does not fit into memory shows at once.
-    by_length = sorted(problems, key=lambda problem: -len(problem.prompt_ids))
-    tasks = [Task(problem, 0.0, 0) for problem in by_length]
-    tasks += [Task(problem, float(temperature), k) for problem in by_length for k in range(samples_per_item)]
+    by_prompt = sorted(problems, key=lambda problem: -len(problem.prompt_ids))
+    tasks = [Task(problem, 0.0, 0) for problem in by_prompt]
+    tasks += [Task(problem, float(temperature), k) for problem in by_prompt for k in range(samples_per_item)]
 
     main_process = accelerator is None or accelerator.is_main_process
     file = None
@@ -303,8 +303,7 @@ def evaluate(
         file = AnswersFile(Path(answers_file), depends_on)
     answers = _from_main_process(accelerator, lambda: file.begin(tasks) if file is not None else [])
     found = {key_of(answer): answer for answer in answers}
-    lengths = KnownLengths(earlier)
-    lengths.add(answers)
+    lengths = KnownLengths([*earlier, *answers])
 
     missing = [task for task in tasks if task.key not in found]
     with tqdm(
