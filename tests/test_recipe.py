@@ -361,8 +361,15 @@ def test_training_ends_in_time(recipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_error_is_the_last_line_under_the_launcher():
-    result = run("--bundle", "gms8k", launcher=[str(Path(sys.executable).with_name("accelerate")), "launch"])
+def test_an_error_is_the_last_line_under_the_launcher(tmp_path):
+    # a folder of its own: the default one may hold the demo's run, which comes first
+    result = run(
+        "--bundle",
+        "gms8k",
+        "--output_dir",
+        str(tmp_path),
+        launcher=[str(Path(sys.executable).with_name("accelerate")), "launch"],
+    )
     assert result.returncode != 0
     assert "CalledProcessError" in result.stderr  # the launcher's own words
     assert result.stderr.rstrip("\n").split("\n")[-1].endswith("did you mean gsm8k?")
